@@ -1,0 +1,194 @@
+"""Every knob of awrsr_jax, with its default, in one place.
+
+A config file (`configs/*.py`) starts from `default()` and states what differs; `--config.train.epochs=50` on the
+command line overrides both. Optional keys are typed placeholders (None until set), so each can be set by flag and a
+misspelt key fails. `finalize` checks a config and freezes it: after it nothing is filled in or guessed.
+"""
+
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+REFINEMENTS = ("none", "simple", "value", "additive", "stochastic")
+LOSSES = ("bce", "bpr", "softmax", "sampled_softmax", "gbce")
+
+# The choices of every key that is a name: one table, so that one check and one message serve them all.
+CHOICES = {
+    "data.format": ("auto", "sequences", "pairs", "movielens", "tfds", "synthetic"),
+    "data.long_history": ("newest", "windows"),
+    "model.backbone": ("sasrec",),
+    "model.norm": ("pre", "post", "query"),
+    "model.activation": ("relu", "gelu"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.refine": REFINEMENTS,
+    "model.awr.correlation": ("dot", "wasserstein"),
+    "model.awr.additive_on": ("scores", "weights"),
+    "loss.name": LOSSES,
+    "loss.negatives": ("uniform", "popularity"),
+    "train.optimizer": ("adam", "adamw"),
+    "train.schedule": ("constant", "cosine", "linear"),
+    "eval.protocol": ("full", "uniform100", "popular100"),
+}
+
+# key -> smallest allowed value, and whether that value itself is allowed
+BOUNDS = {
+    "seed": (0, True), "data.k_core": (0, True), "data.max_length": (1, True), "data.buckets": (1, True),
+    "data.synthetic.num_users": (1, True), "data.synthetic.num_items": (2, True), "data.synthetic.length": (5, True),
+    "data.synthetic.order": (1, True), "data.synthetic.seed": (0, True), "data.synthetic.temperature": (0, False),
+    "model.width": (1, True), "model.layers": (1, True), "model.heads": (1, True), "model.ffn_width": (1, True),
+    "model.dropout": (0, True), "model.attention_dropout": (0, True), "model.table_multiple": (1, True), "model.awr.rank": (1, True),
+    "model.awr.order": (1, True), "loss.num_negatives": (1, True), "loss.gbce_t": (0, True),
+    "train.epochs": (1, True), "train.batch_size": (1, True), "train.learning_rate": (0, False),
+    "train.weight_decay": (0, True), "train.warmup_steps": (0, True), "train.clip_norm": (0, False),
+    "train.patience": (1, True), "train.log_every": (1, True), "train.beta1": (0, True), "train.beta2": (0, True),
+    "eval.every_epochs": (1, True), "eval.batch_size": (1, True), "eval.block_items": (1, True),
+    "checkpoint.every_steps": (1, True), "mesh.model": (1, True),
+}
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns the base config: a small SASRec with value refinement, trained by full softmax."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # parameters, batch order, negatives and dropout all derive from it
+
+  config.data = data = ml_collections.ConfigDict()
+  data.name = ""  # a benchmark (its counts and fingerprint must match), "synthetic", or "" for your own data
+  data.path = ""  # local file or folder; empty: download, TFDS or generate, as name and format say
+  data.format = "auto"  # auto (by name and content) | sequences | pairs | movielens | tfds | synthetic
+  data.k_core = 0  # drop users and items with fewer interactions, to a fixed point; 0 keeps everything
+  data.max_length = 50  # n: the longest input the model sees
+  data.long_history = "newest"  # histories longer than n: the newest n | windows (consecutive, all trained on)
+  data.buckets = 4  # static batch lengths, placed where they save the most padding
+  data.tfds = ml_collections.ConfigDict()  # where a TFDS data set keeps what a recommender needs
+  data.tfds.name = ""  # as in tfds.builder: "movielens/100k-ratings"
+  data.tfds.split = "train"
+  data.tfds.user = "user_id"
+  data.tfds.item = "movie_id"
+  data.tfds.time = "timestamp"
+  data.tfds.title = ""  # "" = no titles
+  data.synthetic = ml_collections.ConfigDict()  # the law is stated in data/synthetic.py
+  data.synthetic.seed = 0
+  data.synthetic.num_users = 4000
+  data.synthetic.num_items = 500
+  data.synthetic.length = 24  # mean history length
+  data.synthetic.order = 2  # how many earlier items a transition depends on
+  data.synthetic.temperature = 1.0  # larger: flatter transitions, lower best possible NDCG
+
+  config.model = model = ml_collections.ConfigDict()
+  model.backbone = "sasrec"
+  model.width = 64  # D
+  model.layers = 2
+  model.heads = 1  # H
+  model.ffn_width = 64  # hidden width of the feed-forward block
+  model.activation = "relu"  # relu | gelu
+  model.norm = "pre"  # pre | post | query (the original SASRec: only the query is normalised)
+  model.dropout = 0.2  # embedding, attention weights, feed-forward
+  model.attention_dropout = config_dict.placeholder(float)  # of attention weights; None: model.dropout
+  model.dtype = "float32"  # of activations; parameters, softmax, norms and scores stay float32
+  model.table_multiple = 128  # item table rows are padded to it, whatever the device count
+  model.refine = "value"  # none | simple | value | additive | stochastic
+  model.awr = ml_collections.ConfigDict()
+  model.awr.rank = 64  # r: width of the correlation space
+  model.awr.order = 1  # repetitions; order k reaches (k+1)-hop relations
+  model.awr.share_heads = False  # one slot table for all heads
+  model.awr.correlation = config_dict.placeholder(str)  # dot | wasserstein; None: the preset's own
+  model.awr.additive_on = "scores"  # scores | weights (gated)
+  model.awr.value_projection = False  # value: multiply A by a learned [n, n] matrix that starts at the identity
+
+  config.loss = loss = ml_collections.ConfigDict()
+  loss.name = "softmax"  # bce | bpr | softmax | sampled_softmax | gbce
+  loss.num_negatives = 256  # K: per position (bce, bpr, gbce), shared by the batch (sampled_softmax)
+  loss.negatives = "uniform"  # uniform | popularity (sampled_softmax only)
+  loss.gbce_t = 0.75  # calibration of gbce: 0 is bce, 1 undoes the sampling bias
+
+  config.train = train = ml_collections.ConfigDict()
+  train.epochs = 100
+  train.batch_size = 128  # sequences in a global batch
+  train.optimizer = "adam"  # adam | adamw
+  train.learning_rate = 1e-3
+  train.schedule = "constant"  # constant | cosine | linear, after the warm-up
+  train.warmup_steps = 0
+  train.weight_decay = 0.0  # adamw only
+  train.beta1 = 0.9
+  train.beta2 = 0.999
+  train.clip_norm = config_dict.placeholder(float)  # global gradient norm; None: no clipping
+  train.patience = config_dict.placeholder(int)  # stop after so many evaluations without a better NDCG@10
+  train.log_every = 50  # steps between lines of metrics.jsonl
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.protocol = "full"  # full | uniform100 | popular100 (sampled: for comparing with old papers only)
+  config.eval.every_epochs = 1
+  config.eval.batch_size = 256  # users
+  config.eval.block_items = 4096  # items scored at a time: bounds memory, changes no rank
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every_steps = 1000  # and after every evaluation
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # devices that share a batch; -1: all that mesh.model leaves
+  config.mesh.model = 1  # devices that share the item table
+  return config
+
+
+def finalize(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+  """Checks a config and freezes it.
+
+  Args:
+    config: what `default()` returned, with values changed; no key added or removed.
+
+  Returns:
+    The same values, frozen.
+
+  Raises:
+    ValueError: a key is unknown or missing, or a value has the wrong type, is out of range or fits no other value.
+  """
+  given, known = dict(walk(config)), dict(walk(default()))
+  if given.keys() != known.keys():
+    raise ValueError(f"config: unknown keys {sorted(given.keys() - known.keys())}, missing keys "
+                     f"{sorted(known.keys() - given.keys())}; start from awrsr_jax.config.default()")
+  for key, choices in CHOICES.items():
+    if given[key] is not None and given[key] not in choices:
+      raise ValueError(f"config.{key}={given[key]!r} is not one of {', '.join(choices)}")
+  for key, (low, included) in BOUNDS.items():
+    value = given[key]
+    if value is not None and not (value >= low if included else value > low):  # NaN fails both
+      raise ValueError(f"config.{key}={value} must be {'at least' if included else 'more than'} {low}")
+  _check_together(config)
+  return ml_collections.FrozenConfigDict(config)
+
+
+def _check_together(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for values that are each allowed but not together."""
+  model, loss, train = config.model, config.loss, config.train
+  if model.width % model.heads:
+    raise ValueError(f"config.model.heads={model.heads} does not divide config.model.width={model.width}; "
+                     f"choose heads from {[h for h in range(1, model.width + 1) if model.width % h == 0]}")
+  for key in ("dropout", "attention_dropout"):
+    if model[key] is not None and model[key] >= 1:
+      raise ValueError(f"config.model.{key}={model[key]} must be below 1")
+  if loss.gbce_t > 1:
+    raise ValueError(f"config.loss.gbce_t={loss.gbce_t} must lie between 0 and 1")
+  if loss.negatives == "popularity" and loss.name != "sampled_softmax":
+    raise ValueError(f"config.loss.negatives=popularity needs config.loss.name=sampled_softmax, not {loss.name}: "
+                     "only there is the sampling bias corrected")
+  if train.weight_decay and train.optimizer != "adamw":
+    raise ValueError(f"config.train.weight_decay={train.weight_decay} needs config.train.optimizer=adamw, "
+                     f"not {train.optimizer}")
+  if model.awr.value_projection and model.refine != "value":
+    raise ValueError(f"config.model.awr.value_projection needs config.model.refine=value, not {model.refine}")
+  if model.refine == "stochastic" and model.awr.correlation == "dot":
+    raise ValueError("config.model.refine=stochastic is the Wasserstein correlation; for dot use "
+                     "config.model.refine=simple")
+  if config.mesh.data != -1 and config.mesh.data < 1:
+    raise ValueError(f"config.mesh.data={config.mesh.data} must be -1 (all devices) or at least 1")
+
+
+def walk(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+  """Returns (dotted key, value) of every leaf of a config, nested dict or frozen config, in key order."""
+  leaves = []
+  for key in sorted(config):
+    value = config[key]
+    is_node = isinstance(value, (ml_collections.ConfigDict, ml_collections.FrozenConfigDict, dict))
+    leaves += walk(value, f"{prefix}{key}.") if is_node else [(prefix + key, value)]
+  return leaves

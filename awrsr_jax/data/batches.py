@@ -1,0 +1,272 @@
+"""Batches: left-padded, length-bucketed, each a pure function of (seed, step).
+
+Owns the way from a `Corpus` to int32 arrays. Shapes: B rows, L padded length, S padded length of full histories,
+C candidates. A batch holds this process's rows of the global batch; position in the stream is one integer, the step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from awrsr_jax.data.corpus import Corpus
+
+Batch = dict[str, np.ndarray]
+TARGET_FROM_END = {"valid": 2, "test": 1}  # leave-one-out: the last item is test, the one before it validation
+NUM_CANDIDATES = 100  # of the sampled protocols, as their name says
+
+
+def training_rows(corpus: Corpus, max_length: int, long_history: str) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts every user's training part into rows that the model can take.
+
+  A row is a slice of `corpus.items`: all but its last item are inputs, all but its first are targets.
+
+  Args:
+    corpus: U users.
+    max_length: n, the most inputs in a row.
+    long_history: "newest" keeps a user's newest n inputs; "windows" cuts the whole part, from its newest end, into
+      rows of n inputs (the oldest row may be shorter), so that every item but the first is a target once.
+
+  Returns:
+    starts (R,), ends (R,): int64, each row with at least two items.
+
+  Raises:
+    ValueError: no user has two training items.
+  """
+  first = corpus.offsets[:-1]
+  last = corpus.offsets[1:] - max(TARGET_FROM_END.values())
+  windows = np.maximum(-(-(last - first - 1) // max_length), 0)
+  if long_history == "newest":
+    windows = np.minimum(windows, 1)
+  user = np.repeat(np.arange(len(first)), windows)
+  window = np.arange(len(user)) - np.repeat(np.cumsum(windows) - windows, windows)  # 0 is the newest
+  ends = last[user] - window * max_length
+  starts = np.maximum(first[user], ends - max_length - 1)
+  if not len(starts):
+    raise ValueError(f"{corpus.name or 'the corpus'}: none of {corpus.num_users} users has 2 training items beside "
+                     "the validation and the test item, so there is nothing to train on; bring longer histories")
+  return starts, ends
+
+
+def plan_buckets(lengths: np.ndarray, count: int) -> tuple[int, ...]:
+  """Chooses padded lengths that waste the least padding on these rows (exactly, by dynamic programming).
+
+  Args:
+    lengths: (R,) real lengths, from 1.
+    count: the most buckets; each costs one compilation.
+
+  Returns:
+    Ascending bucket lengths; the last one holds the longest row.
+  """
+  grid = np.unique(lengths)
+  rows = np.searchsorted(np.sort(lengths), grid, side="right")  # rows that fit into each grid length
+  cost = rows * grid  # cost[j]: padded positions when buckets end at grid[j]
+  chosen = [[j] for j in range(len(grid))]
+  for _ in range(min(count, len(grid)) - 1):
+    step = cost[None, :] + (rows[:, None] - rows[None, :]) * grid[:, None]  # [j, i]: i is the bucket before j
+    step = np.where(np.tri(len(grid), k=-1, dtype=bool), step, np.iinfo(np.int64).max)
+    before = step.argmin(axis=1)
+    better = step.min(axis=1) < cost
+    chosen = [chosen[before[j]] + [j] if better[j] else chosen[j] for j in range(len(grid))]
+    cost = np.minimum(cost, step.min(axis=1))
+  return tuple(int(grid[j]) for j in chosen[-1])
+
+
+def gather_rows(items: np.ndarray, starts: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
+  """Returns (B, length) int32: items[start:end] of each row, its newest `length`, left-padded with 0."""
+  position = ends[:, None] - length + np.arange(length)
+  real = position >= starts[:, None]
+  return np.where(real, items[np.where(real, position, 0)], 0).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatches:
+  """Training batches by index: `batches[step]` is this process's part of global batch `step`.
+
+  Rows are shuffled, sorted by bucket and cut into batches, so that a batch is padded only to the bucket of its longest
+  row; then the batches are shuffled. Every row comes once an epoch. Only one batch of an epoch is not full: its missing
+  rows are all padding.
+  """
+
+  items: np.ndarray
+  starts: np.ndarray
+  ends: np.ndarray
+  buckets: tuple[int, ...]
+  batch_size: int
+  epochs: int
+  seed: int
+  process: int = 0
+  processes: int = 1
+
+  @property
+  def steps_per_epoch(self) -> int:
+    return -(-len(self.starts) // self.batch_size)
+
+  @functools.cached_property
+  def _bucket_of_row(self) -> np.ndarray:
+    return np.searchsorted(self.buckets, self.ends - self.starts - 1)
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019 (two epochs at most, and there is one such object a run)
+  def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of an epoch in batch order, and the order of its batches."""
+    rng = np.random.default_rng([self.seed, epoch])
+    rows = rng.permutation(len(self.starts))
+    rows = rows[np.argsort(self._bucket_of_row[rows], kind="stable")]
+    return rows, rng.permutation(self.steps_per_epoch)
+
+  def __hash__(self) -> int:  # by identity, for the cache of epochs
+    return id(self)
+
+  def __eq__(self, other: object) -> bool:
+    return self is other
+
+  def __len__(self) -> int:
+    return self.epochs * self.steps_per_epoch
+
+  def __getitem__(self, step: int) -> Batch:
+    """Returns inputs_BxL and targets_BxL, int32, B = batch_size / processes."""
+    epoch, batch = divmod(int(step), self.steps_per_epoch)
+    rows, order = self._epoch(epoch)
+    rows = rows[order[batch] * self.batch_size:(order[batch] + 1) * self.batch_size]
+    length = self.buckets[self._bucket_of_row[rows[-1]]]
+    local = self.batch_size // self.processes
+    rows = rows[self.process * local:(self.process + 1) * local]
+    starts, ends = (np.pad(x[rows], (0, local - len(rows))) for x in (self.starts, self.ends))
+    return {"inputs": gather_rows(self.items, starts, ends - 1, length),
+            "targets": gather_rows(self.items, starts + 1, ends, length)}
+
+
+def training_batches(corpus: Corpus, config: Any, process: int = 0, processes: int = 1) -> TrainBatches:
+  """Returns the training batches of a run: all of its epochs, for one of its processes.
+
+  Raises:
+    ValueError: the batch size is no multiple of the number of processes, or there is nothing to train on.
+  """
+  if config.train.batch_size % processes:
+    raise ValueError(f"config.train.batch_size={config.train.batch_size} must be a multiple of the {processes} "
+                     "processes, each of which reads an equal part")
+  data = config.data
+  starts, ends = training_rows(corpus, data.max_length, data.long_history)
+  buckets = plan_buckets(ends - starts - 1, data.buckets)
+  return TrainBatches(corpus.items, starts, ends, buckets, config.train.batch_size, config.train.epochs, config.seed,
+                      process, processes)
+
+
+def stream(batches: TrainBatches, start: int) -> Iterator[Batch]:
+  """Yields batches[start], batches[start + 1], ... to the end, built ahead of use by background threads."""
+  iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(
+      grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+  iterator.set_state({"next_index": start})
+  return iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingBatches:
+  """The users of a split, each once, as batches for exact ranking; iterate as often as wanted.
+
+  A batch has inputs_BxL (the newest n items before the target), target_B, seen_BxS (the whole history before the
+  target), mask_B (1 for a user, 0 for filling) and, for sampled protocols, candidates_BxC. Users are sorted by
+  history length, `users` is their order.
+  """
+
+  corpus: Corpus
+  split: str
+  users: np.ndarray
+  batch_size: int
+  max_length: int
+  buckets: tuple[int, ...]
+  protocol: str
+  seed: int
+  process: int = 0
+  processes: int = 1
+
+  def __len__(self) -> int:
+    return -(-len(self.users) // self.batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    local = self.batch_size // self.processes
+    for batch in range(len(self)):
+      users = self.users[batch * self.batch_size:(batch + 1) * self.batch_size]
+      seen_length = self._seen_length(users)
+      length = min(seen_length, self.max_length)
+      users = users[self.process * local:(self.process + 1) * local]
+      fill = (0, local - len(users))
+      starts, targets = self.corpus.offsets[users], self.corpus.offsets[users + 1] - TARGET_FROM_END[self.split]
+      starts, ends = np.pad(starts, fill), np.pad(targets, fill)
+      seen = gather_rows(self.corpus.items, starts, ends, seen_length)
+      result = {"inputs": seen[:, -length:], "seen": seen,
+                "target": np.pad(self.corpus.items[targets], fill).astype(np.int32),
+                "mask": np.pad(np.ones(len(users), np.float32), fill)}
+      if self.protocol != "full":
+        result["candidates"] = np.pad(self._candidates(users), (fill, (0, 0)))
+      yield result
+
+  def _seen_length(self, users: np.ndarray) -> int:
+    """Returns S: the bucket of the longest history of the global batch; beyond n, n doubled as often as needed."""
+    longest = int(history_lengths(self.corpus, self.split)[users[-1]])
+    if longest <= self.buckets[-1]:
+      return self.buckets[np.searchsorted(self.buckets, longest)]
+    return self.max_length << int(np.ceil(np.log2(longest / self.max_length)))
+
+  @functools.cached_property
+  def _cumulative(self) -> np.ndarray:
+    """Counts of draws up to each item: all equal (uniform100) or how often it is a training item (popular100)."""
+    if self.protocol == "uniform100":
+      return np.arange(1, self.corpus.num_items + 1)
+    return np.cumsum(training_counts(self.corpus)[1:])
+
+  def _candidates(self, users: np.ndarray) -> np.ndarray:
+    """Returns (B, C): for each user, distinct items outside history and target, a function of (seed, split, user)."""
+    result = np.empty((len(users), NUM_CANDIDATES), np.int32)
+    for row, user in enumerate(users):
+      rng = np.random.default_rng([self.seed, TARGET_FROM_END[self.split], int(user)])
+      end = self.corpus.offsets[user + 1] - TARGET_FROM_END[self.split] + 1
+      known = self.corpus.items[self.corpus.offsets[user]:end]
+      drawn = np.empty(0, np.int64)
+      while len(drawn) < NUM_CANDIDATES:
+        more = np.searchsorted(self._cumulative, rng.integers(self._cumulative[-1], size=4 * NUM_CANDIDATES),
+                               side="right") + 1
+        drawn = np.concatenate([drawn, more[~np.isin(more, known)]])
+        drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]  # first come, first kept: without replacement
+      result[row] = drawn[:NUM_CANDIDATES]
+    return result
+
+
+def ranking_batches(corpus: Corpus, config: Any, split: str, process: int = 0, processes: int = 1) -> RankingBatches:
+  """Returns the ranking batches of a split ("valid" or "test") under the config's protocol.
+
+  Raises:
+    ValueError: the batch size is no multiple of the processes, or too few items are left to sample candidates from.
+  """
+  if config.eval.batch_size % processes:
+    raise ValueError(f"config.eval.batch_size={config.eval.batch_size} must be a multiple of the {processes} processes")
+  lengths = history_lengths(corpus, split)
+  if config.eval.protocol != "full":
+    _check_candidates(corpus, config.eval.protocol, int(lengths.max()) + 1)
+  users = np.argsort(lengths, kind="stable")
+  buckets = plan_buckets(np.minimum(lengths, config.data.max_length), config.data.buckets)
+  return RankingBatches(corpus, split, users, config.eval.batch_size, config.data.max_length, buckets,
+                        config.eval.protocol, config.seed, process, processes)
+
+
+def _check_candidates(corpus: Corpus, protocol: str, most_known: int) -> None:
+  """Raises ValueError when the longest history may leave fewer items than the candidates to draw."""
+  drawable = corpus.num_items if protocol == "uniform100" else int((training_counts(corpus) > 0).sum())
+  if drawable - most_known < NUM_CANDIDATES:
+    raise ValueError(f"config.eval.protocol={protocol} draws {NUM_CANDIDATES} items outside a user's history, but of "
+                     f"{drawable} items a user knows up to {most_known}; use --config.eval.protocol=full")
+
+
+def history_lengths(corpus: Corpus, split: str) -> np.ndarray:
+  """Returns (U,) how many items come before each user's target in a split."""
+  return np.diff(corpus.offsets) - TARGET_FROM_END[split]
+
+
+def training_counts(corpus: Corpus) -> np.ndarray:
+  """Returns (I + 1,) int64: how often each item number occurs in the training parts; 0 for padding."""
+  held_out = np.concatenate([corpus.offsets[1:] - back for back in TARGET_FROM_END.values()])
+  counts = np.bincount(corpus.items, minlength=corpus.num_items + 1)
+  return counts - np.bincount(corpus.items[held_out], minlength=corpus.num_items + 1)

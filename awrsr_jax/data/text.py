@@ -1,0 +1,188 @@
+"""Owns `Interactions`, what every reader returns, and the two plain text forms of it.
+
+- sequences: `user item_1 item_2 ...`, one line per user, oldest first
+- pairs: `user item`, one line per interaction, a user's oldest first; users may be interleaved
+
+Ids are whole numbers from 1 (0 is padding everywhere in this package), separated by spaces or tabs.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Interactions:
+  """What a source holds, in its own ids and its own row order (N rows).
+
+  Args:
+    users: (N,) raw user ids, int64 or numpy str.
+    items: (N,) raw item ids, int64 or numpy str.
+    times: (N,) int64 or float64, any unit, larger is later; None: a user's rows are in time order.
+    titles: raw item id (int or str) -> title; may be empty or miss items.
+    source: where it came from, for messages.
+  """
+
+  users: np.ndarray
+  items: np.ndarray
+  times: np.ndarray | None
+  titles: dict[int | str, str]
+  source: str
+
+
+def read_bytes(path: str, limit: int | None) -> bytes:
+  """Returns a file's content.
+
+  Args:
+    path: the file.
+    limit: at most so many bytes; None: all.
+
+  Returns:
+    Its bytes.
+
+  Raises:
+    ValueError: there is no such file or it cannot be read.
+  """
+  try:
+    with open(path, "rb") as file:
+      return file.read(limit)
+  except OSError as error:
+    raise ValueError(f"cannot read {path}: {error.strerror}; set --config.data.path=FILE to one that can be") from error
+
+
+def decode(content: bytes, where: str, encoding: str) -> str:
+  """Returns a file's text.
+
+  Args:
+    content: the file's bytes.
+    where: its name, for messages.
+    encoding: "utf-8" (a byte order mark is dropped) or "latin-1".
+
+  Returns:
+    The text; lines end in \\n alone.
+
+  Raises:
+    ValueError: the bytes are not text in that encoding, with the line.
+  """
+  try:
+    text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    raise ValueError(f"{where}:{line}: byte {content[error.start]:#04x} is not {encoding} text; is this the right "
+                     "file? Set --config.data.path=FILE to a text file") from error
+  return text.replace("\r\n", "\n")
+
+
+def read_sequences(path: str) -> Interactions:
+  """Reads lines of `user item_1 item_2 ...`, oldest first.
+
+  Args:
+    path: a utf-8 text file; blank lines are skipped.
+
+  Returns:
+    One row per (user, item), in file order; no times and no titles.
+
+  Raises:
+    ValueError: no such file, no lines, a token that is no number from 1, a user without items or on two lines.
+  """
+  tokens, lines = _split(path)
+  counts = np.array([len(row) for row in tokens], dtype=np.int64)
+  values = _parse(tokens, counts, lines, path)
+  starts = np.cumsum(counts) - counts
+  users = values[starts]
+  if (counts < 2).any():
+    at = int(np.argmax(counts < 2))
+    raise ValueError(f"{path}:{lines[at]}: user {users[at]} has no items; remove the line "
+                     "(a line is 'user item_1 item_2 ...')")
+  distinct, first = np.unique(users, return_index=True)
+  if distinct.size < users.size:
+    at = int(np.setdiff1d(np.arange(users.size), first)[0])
+    other = int(np.argmax(users == users[at]))
+    raise ValueError(f"{path}:{lines[at]}: user {users[at]} is already on line {lines[other]}; give each user one "
+                     "line, or set --config.data.format=pairs if every line is one 'user item'")
+  is_item = np.ones(values.size, dtype=bool)
+  is_item[starts] = False
+  return Interactions(np.repeat(users, counts - 1), values[is_item], None, {}, path)
+
+
+def read_pairs(path: str) -> Interactions:
+  """Reads lines of `user item`, where a user's lines are oldest first.
+
+  Args:
+    path: a utf-8 text file; blank lines are skipped.
+
+  Returns:
+    One row per line, in file order; no times and no titles.
+
+  Raises:
+    ValueError: no such file, no lines, a line that is not two numbers from 1.
+  """
+  tokens, lines = _split(path)
+  counts = np.array([len(row) for row in tokens], dtype=np.int64)
+  if (counts != 2).any():
+    at = int(np.argmax(counts != 2))
+    raise ValueError(f"{path}:{lines[at]}: {counts[at]} columns where 'user item' has 2; for lines of "
+                     "'user item_1 item_2 ...' set --config.data.format=sequences")
+  values = _parse(tokens, counts, lines, path).reshape(-1, 2)
+  return Interactions(values[:, 0].copy(), values[:, 1].copy(), None, {}, path)
+
+
+def has_pairs(path: str) -> bool:
+  """Returns whether every line that is not blank has exactly two columns: `user item` rows."""
+  return all(len(line.split()) in (0, 2) for line in decode(read_bytes(path, None), path, "utf-8").split("\n"))
+
+
+def check_ids(ids: np.ndarray, what: str, locate: list[int] | np.ndarray, where: str) -> None:
+  """Refuses ids below 1.
+
+  Args:
+    ids: (N,) int64.
+    what: "user" or "item", for the message.
+    locate: (N,) line number of each.
+    where: file name, for the message.
+
+  Raises:
+    ValueError: the first id that is 0 or negative, with file and line.
+  """
+  if (ids < 1).any():
+    at = int(np.argmax(ids < 1))
+    raise ValueError(f"{where}:{locate[at]}: {what} id {ids[at]} is below 1; number users and items from 1 "
+                     "(0 is padding)")
+
+
+def _split(path: str) -> tuple[list[list[str]], list[int]]:
+  """Returns the tokens of each line that is not blank, and that line's number from 1."""
+  rows = [line.split() for line in decode(read_bytes(path, None), path, "utf-8").split("\n")]
+  lines = [number for number, row in enumerate(rows, start=1) if row]
+  if not lines:
+    raise ValueError(f"{path} has no lines ({os.path.getsize(path)} bytes); set --config.data.path=FILE to a file "
+                     "with interactions")
+  return [row for row in rows if row], lines
+
+
+def _parse(tokens: list[list[str]], counts: np.ndarray, lines: list[int], path: str) -> np.ndarray:
+  """Returns all tokens as (T,) int64 ids from 1; the first of each line is a user."""
+  flat = [token for row in tokens for token in row]
+  try:
+    values = np.array(flat, dtype=np.int64)  # one call for all; which token is bad is asked only when one is
+  except (ValueError, OverflowError) as error:
+    line, token = next((line, token) for row, line in zip(tokens, lines, strict=True) for token in row
+                       if not _is_int64(token))
+    is_number = token.lstrip("+-").isdigit()
+    raise ValueError(f"{path}:{line}: {token!r} is {'too large for 64 bits' if is_number else 'not a number'}; ids "
+                     "are whole numbers, separated by spaces or tabs") from error
+  line_of_token = np.repeat(np.array(lines), counts)
+  is_user = np.zeros(values.size, dtype=bool)
+  is_user[np.cumsum(counts) - counts] = True
+  check_ids(values[is_user], "user", line_of_token[is_user], path)
+  check_ids(values[~is_user], "item", line_of_token[~is_user], path)
+  return values
+
+
+def _is_int64(token: str) -> bool:
+  """Returns whether a token is a whole number of 64 bits."""
+  try:
+    return -2**63 <= int(token) < 2**63
+  except ValueError:
+    return False

@@ -1,0 +1,1 @@
+"""Devices, state, checkpoints, ranking and the training loop."""

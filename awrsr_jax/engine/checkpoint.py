@@ -1,0 +1,182 @@
+"""Checkpoints: one Orbax bundle a step, with everything that a run or its users need, checked when it is read.
+
+Items of a bundle: `state` (TrainState), `record` (JSON: step, early stopping, config, corpus, a checksum for every
+array), `ids` (raw ids and titles of the items). Kept: the two newest, and the best on validation.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from awrsr_jax.engine.state import TrainState
+
+LOG = logging.getLogger(__name__)
+SCHEMA = 1
+KEPT_LATEST = 2
+
+
+def open_checkpoints(workdir: str | os.PathLike[str]) -> ocp.CheckpointManager:
+  """Opens the checkpoints of a run folder; leftovers of an interrupted save are removed."""
+  best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["rank"], n=1,
+                                   keep_checkpoints_without_metrics=False)
+  options = ocp.CheckpointManagerOptions(
+      preservation_policy=preservation_policy.AnyPreservationPolicy(
+          [preservation_policy.LatestN(KEPT_LATEST), best]),
+      best_fn=lambda metrics: metrics["rank"],  # without it Orbax writes no metrics at all
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=True)
+  return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+
+
+@jax.jit
+def checksum_leaves(tree: Any) -> Any:
+  """Returns a uint32 for every array: the sum of its 32-bit words, each times an odd number made of its index.
+
+  An odd factor loses no bit modulo 2^32, so every single flipped bit changes the sum. Integer sums are exact in any
+  order: the checksum does not depend on how many devices or processes hold the array.
+  """
+  def checksum(x: jax.Array) -> jax.Array:
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+      index = index * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words * (index * np.uint32(0x9E3779B1) * 2 + 1), dtype=jnp.uint32)
+  return jax.tree.map(checksum, tree)
+
+
+def name_checksums(tree: Any) -> dict[str, int]:
+  """Returns path -> checksum of every array of a tree."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(checksum_leaves(tree)))
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for path, value in leaves}
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any], ids: dict[str, np.ndarray],
+         metric: float | None) -> None:
+  """Starts saving a bundle in the background.
+
+  Args:
+    manager: from open_checkpoints.
+    state: taken over at once: the caller may donate it right after.
+    record: JSON, with "step".
+    ids: from encode_ids.
+    metric: validation NDCG@10 of this step, if it was just measured.
+  """
+  step = record["step"]
+  record = record | {"schema": SCHEMA, "checksums": name_checksums(state)}
+  manager.save(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardSave(state), ids=ocp.args.StandardSave(ids),
+                              record=ocp.args.JsonSave({"content": record, "sha256": hash_json(record)})),
+      # of equal values the first is the best, as in early stopping
+      metrics=None if metric is None else {"rank": [metric, -step]},
+      force=True)
+
+
+def restore_newest(manager: ocp.CheckpointManager, template: TrainState,
+                   no_later_than: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+  """Restores the newest good bundle; a damaged one is named, moved aside and the one before is tried.
+
+  Args:
+    manager: from open_checkpoints.
+    template: a TrainState of ShapeDtypeStructs with the shardings wanted here, whatever they were when saving.
+    no_later_than: skip newer steps.
+
+  Returns:
+    (state, record), or None when there is no checkpoint at all.
+
+  Raises:
+    ValueError: there are checkpoints, but none is good.
+  """
+  steps = sorted(manager.all_steps(), reverse=True)
+  for step in steps:
+    if no_later_than is not None and step > no_later_than:
+      continue
+    try:
+      return restore_step(manager, step, template)
+    except Exception as error:  # noqa: BLE001 (Orbax raises bare Exception for damaged files)
+      LOG.error("checkpoint %d of %s is damaged and is not used: %s", step, manager.directory, first_line(error))
+      set_aside(manager, step)
+  if steps:
+    raise ValueError(f"none of the checkpoints {steps} in {manager.directory} can be restored (see the log above; "
+                     f"they were moved to {damaged_folder(manager)}); start again in another --workdir")
+  return None
+
+
+def restore_step(manager: ocp.CheckpointManager, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+  """Restores one bundle and checks every array against its checksum.
+
+  Raises:
+    ValueError: it does not fit the template, or is damaged. Orbax raises other exceptions for unreadable files.
+  """
+  restored = manager.restore(step, args=ocp.args.Composite(
+      state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()))
+  state, record = restored["state"], restored["record"]["content"]
+  if hash_json(record) != restored["record"]["sha256"]:
+    raise ValueError("its record was changed after saving")
+  if record["schema"] != SCHEMA:
+    raise ValueError(f"its schema is {record['schema']}, this version reads {SCHEMA}")
+  found = name_checksums(state)
+  broken = [name for name in record["checksums"] | found if record["checksums"].get(name) != found.get(name)]
+  if broken:
+    raise ValueError(f"checksums differ: {', '.join(broken)}")
+  return state, record
+
+
+def damaged_folder(manager: ocp.CheckpointManager) -> pathlib.Path:
+  """Returns where damaged checkpoints are moved to."""
+  return pathlib.Path(manager.directory).with_name("checkpoints_damaged")
+
+
+def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+  """Moves a damaged checkpoint out of the way of the run, so that its step can be saved again; nothing is deleted."""
+  folder = damaged_folder(manager)
+  folder.mkdir(exist_ok=True)
+  target, copies = folder / str(step), 0
+  while target.exists():
+    copies += 1
+    target = folder / f"{step}.{copies}"
+  os.replace(pathlib.Path(manager.directory) / str(step), target)
+  manager.reload()
+
+
+def first_line(error: Exception) -> str:
+  """Returns an exception in one line."""
+  return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def hash_json(content: dict[str, Any]) -> str:
+  """Returns the sha256 of a JSON value, whatever the order of its keys."""
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hash_params(params: Any) -> str:
+  """Returns the sha256 of all parameter bytes: float32, little-endian, C order, leaves sorted by their path."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+  digest = hashlib.sha256()
+  for name in sorted(named):
+    digest.update(np.ascontiguousarray(jax.device_get(named[name]), "<f4").tobytes())
+  return digest.hexdigest()
+
+
+def encode_texts(texts: list[str]) -> dict[str, np.ndarray]:
+  """Returns texts as two arrays: their UTF-8 bytes, and where each ends."""
+  encoded = [text.encode() for text in texts]
+  return {"bytes": np.frombuffer(b"".join(encoded) or b"\0", np.uint8),
+          "ends": np.cumsum([len(text) for text in encoded]).astype(np.int32)}
+
+
+def decode_texts(arrays: dict[str, np.ndarray]) -> list[str]:
+  """Undoes encode_texts."""
+  ends = np.asarray(arrays["ends"])
+  whole = np.asarray(arrays["bytes"]).tobytes()
+  return [whole[start:end].decode() for start, end in zip(np.r_[0, ends[:-1]], ends, strict=True)]

@@ -1,0 +1,58 @@
+"""Devices: the ("data", "model") mesh, where each array lives on it, and local rows -> global arrays."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# The path of a parameter, or of optimizer state that mirrors it -> how it is split. First match wins.
+RULES = (
+    (r"item_table", PartitionSpec("model", None)),
+    (r"", PartitionSpec()),
+)
+
+
+def make_mesh(mesh: Any) -> Mesh:
+  """Lays all devices out as (data, model).
+
+  Args:
+    mesh: the `mesh` node of a config; data = -1 takes all devices that model leaves.
+
+  Raises:
+    ValueError: data x model is not the number of devices.
+  """
+  devices = jax.device_count()
+  data = devices // mesh.model if mesh.data == -1 else mesh.data
+  if data * mesh.model != devices or data < 1:
+    raise ValueError(f"config.mesh.data={mesh.data} x config.mesh.model={mesh.model} does not fit {devices} devices; "
+                     "set mesh.data=-1 and mesh.model to a divisor of the devices")
+  return jax.make_mesh((data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def check_batch(mesh: Mesh, **batch_sizes: int) -> None:
+  """Raises ValueError when a batch size does not split evenly over the data axis."""
+  for name, size in batch_sizes.items():
+    if size % mesh.shape["data"]:
+      raise ValueError(f"config.{name}.batch_size={size} must be a multiple of the {mesh.shape['data']} devices of "
+                       f"the data axis; take {-(-size // mesh.shape['data']) * mesh.shape['data']} or lower mesh.data")
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+  """Returns a tree of NamedShardings for a tree of arrays or shapes, by RULES."""
+  def place(path: Any, _: Any) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return NamedSharding(mesh, next(spec for pattern, spec in RULES if re.search(pattern, name)))
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Returns a batch as global arrays, split over "data"; each process brings its own rows."""
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  return {name: jax.make_array_from_process_local_data(split, rows) for name, rows in batch.items()}
+
+
+def replicate(mesh: Mesh, x: Any) -> Any:
+  """Returns a tree of arrays, whole on every device."""
+  return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,140 @@
+"""Exact ranks, streamed over blocks of items, and the metrics made of them.
+
+rank = 1 + the number of items scored above the target + half the number of other items tied with it. Items of the
+user's own history score -inf, the target never, padding never ranks. Memory does not grow with the number of items.
+Shapes: B users, S padded history, C candidates, K block of items.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from awrsr_jax.data.batches import RankingBatches
+from awrsr_jax.engine.mesh import replicate, to_global
+from awrsr_jax.model.backbones import Hidden
+
+CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
+PROTOCOLS = {
+    "full": "leave-one-out, full ranking over all items, the user's history filtered",
+    "uniform100": "leave-one-out, SAMPLED: the target among 100 items drawn uniformly outside the user's history "
+                  "(not comparable with full ranking)",
+    "popular100": "leave-one-out, SAMPLED: the target among 100 items drawn by popularity outside the user's history "
+                  "(not comparable with full ranking)",
+}
+TIE_RULE = "rank = 1 + items scored higher + half of the other items tied with the target"
+
+
+def rank_among_all(backbone: nn.Module, params: Any, hidden: Hidden, target_B: jax.Array, seen_BxS: jax.Array,
+                   block_items: int) -> jax.Array:
+  """Ranks each target among all items outside the history.
+
+  Two passes over the same blocks: the first reads the target's score, the second compares all items with it. One
+  matrix product gives both, so an item tied with the target is tied to the last bit.
+
+  Returns:
+    (B,) float32 ranks, from 1; NaN where a score was NaN.
+  """
+  rows = backbone.apply({"params": params}, method=lambda module: module.embedding.item_table.shape[0])
+  size = min(block_items, rows)
+  firsts = jnp.arange(0, rows, size)
+  user = jnp.arange(len(target_B))
+
+  def score_block(first: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (B, K) scores, their item numbers, and which of them no earlier block had (the last one overlaps)."""
+    start = jnp.minimum(first, rows - size)
+    item = start + jnp.arange(size)
+    return backbone.apply({"params": params}, hidden, start, size, method="score_all"), item, item >= first
+
+  def read_target(target_score_B: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
+    scores, item, _ = score_block(first)
+    inside = (target_B >= item[0]) & (target_B <= item[-1])
+    return jnp.where(inside, scores[user, jnp.clip(target_B - item[0], 0, size - 1)], target_score_B), None
+
+  target_score_B, _ = jax.lax.scan(read_target, jnp.full(len(target_B), -jnp.inf), firsts)
+
+  def compare(counts: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array) -> tuple[Any, None]:
+    scores, item, new = score_block(first)
+    broken = jnp.any(jnp.isnan(scores), axis=1)
+    column = jnp.where((seen_BxS >= item[0]) & (seen_BxS <= item[-1]), seen_BxS - item[0], size)
+    scores = scores.at[user[:, None], column].set(-jnp.inf, mode="drop")
+    rival = new & (item != target_B[:, None]) & (scores > -jnp.inf)
+    higher = jnp.sum(rival & (scores > target_score_B[:, None]), axis=1)
+    tied = jnp.sum(rival & (scores == target_score_B[:, None]), axis=1)
+    return (counts[0] + higher, counts[1] + tied, counts[2] | broken), None
+
+  zeros = jnp.zeros(len(target_B), jnp.int32)
+  (higher, tied, broken), _ = jax.lax.scan(compare, (zeros, zeros, zeros > 0), firsts)
+  return jnp.where(broken, jnp.nan, 1 + higher + tied / 2)
+
+
+def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, target_B: jax.Array,
+                          candidates_BxC: jax.Array) -> jax.Array:
+  """Ranks each target among its own candidates. Returns (B,) float32, NaN where a score was NaN."""
+  items = jnp.concatenate([target_B[:, None], candidates_BxC], axis=1)
+  scores = backbone.apply({"params": params}, hidden, items, method="score")
+  target, others = scores[:, :1], scores[:, 1:]
+  rank = 1 + jnp.sum(others > target, axis=1) + jnp.sum(others == target, axis=1) / 2
+  return jnp.where(jnp.any(jnp.isnan(scores), axis=1), jnp.nan, rank)
+
+
+def make_rank_step(backbone: nn.Module, block_items: int) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+  """Returns the jitted (params, ranking batch) -> (B,) ranks."""
+  def rank_step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    hidden = backbone.apply({"params": params}, batch["inputs"], method="encode").newest()
+    if "candidates" in batch:
+      return rank_among_candidates(backbone, params, hidden, batch["target"], batch["candidates"])
+    return rank_among_all(backbone, params, hidden, batch["target"], batch["seen"], block_items)
+  return jax.jit(rank_step)
+
+
+def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: Mesh) -> np.ndarray:
+  """Returns (U,) the rank of every user's target, in the order of `batches.users`: every user once.
+
+  Raises:
+    FloatingPointError: a score was NaN.
+  """
+  gather = functools.partial(replicate, mesh)
+  pending = [gather(rank_step(params, to_global(mesh, batch))) for batch in batches]
+  ranks = np.concatenate([np.asarray(rank) for rank in pending])[:len(batches.users)]
+  if np.isnan(ranks).any():
+    raise FloatingPointError(f"{np.isnan(ranks).sum()} of {len(ranks)} users of the {batches.split} split have a NaN "
+                             "among their scores; the parameters are damaged")
+  return ranks
+
+
+def summarize(ranks: Iterable[float]) -> dict[str, float]:
+  """Returns hr@k, ndcg@k and mrr (over the full list), each the mean over users, from their ranks."""
+  ranks = np.asarray(ranks, np.float64)
+  gain = {"hr": np.ones_like(ranks), "ndcg": 1 / np.log2(ranks + 1)}
+  metrics = {f"{name}@{k}": float(np.mean(gain[name] * (ranks <= k))) for name, cutoffs in CUTOFFS.items()
+             for k in cutoffs}
+  return metrics | {"mrr": float(np.mean(1 / ranks))}
+
+
+def rank_oracle(batches: RankingBatches) -> np.ndarray:
+  """Returns (U,) the ranks that the true law of a synthetic corpus gives, under the same protocol."""
+  ranks = []
+  for batch in batches:
+    scores = batches.corpus.oracle(batch["seen"])
+    rows = np.arange(len(scores))
+    target = scores[rows, batch["target"]].copy()[:, None]
+    if "candidates" in batch:
+      scores = np.take_along_axis(scores, batch["candidates"], axis=1)
+    else:
+      np.put_along_axis(scores, batch["seen"], -np.inf, axis=1)
+      scores[rows, batch["target"]] = -np.inf
+      scores[:, 0] = -np.inf
+    tied = np.sum((scores == target) & (scores > -np.inf), axis=1)
+    ranks.append((1 + np.sum(scores > target, axis=1) + tied / 2)[batch["mask"] > 0])
+  return np.concatenate(ranks)
+
+
+def describe_protocol(protocol: str) -> str:
+  """Returns the protocol in words, as it is printed with every result."""
+  return f"{PROTOCOLS[protocol]}; {TIE_RULE}"

@@ -1,0 +1,186 @@
+"""The run folder (`--workdir`): the contract with users and tools, and the lines of a run.
+
+  config.json    the resolved config            metrics.jsonl  one JSON object a line
+  corpus.json    counts and fingerprint         tensorboard/   the same numbers as TensorBoard events
+  checkpoints/   see engine/checkpoint.py       result.json    written last, whole or not at all
+"""
+
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+from typing import Any, TextIO
+
+import tensorboardX
+import tqdm
+
+from awrsr_jax.config import walk
+
+LOG = logging.getLogger(__name__)
+# Keys that a resumed run may have changed, and why that is safe.
+FREE_KEYS = {
+    "train.epochs",  # may grow: the run goes on
+    "data.path",  # the corpus fingerprint is compared instead, so data may have moved
+    "mesh.data", "mesh.model",  # the global batch does not depend on the devices
+}
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes a JSON file whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("w") as file:
+    json.dump(content, file, indent=2)
+    file.write("\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any]) -> TextIO:
+  """Makes a run folder, or checks that an existing one belongs to this config and corpus.
+
+  Args:
+    workdir: the folder.
+    config: finalized.
+    corpus: what `corpus.describe` says.
+
+  Returns:
+    The locked lock file: the run owns the folder until it is closed, or its process ends however it ends.
+
+  Raises:
+    ValueError: the folder cannot be written, is in use, or belongs to another config or corpus.
+  """
+  folder = pathlib.Path(workdir)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+  except OSError as error:
+    raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another folder") from error
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise ValueError(f"--workdir={workdir} is in use by another process; wait for it or choose another "
+                     "folder") from error
+  values = json.loads(json.dumps(dict(walk(config))))
+  if (folder / "config.json").exists():
+    check_same_config(workdir, read_json(folder / "config.json"), values)
+  if (folder / "corpus.json").exists():
+    check_same_corpus(workdir, read_json(folder / "corpus.json"), corpus)
+  write_json(folder / "config.json", nest(values))
+  write_json(folder / "corpus.json", corpus)
+  return lock
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON file of a run folder.
+
+  Raises:
+    ValueError: it is missing or damaged.
+  """
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read ({error}); restore it, or start in another --workdir") from error
+
+
+def nest(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns {"a": {"b": 1}} for {"a.b": 1}."""
+  tree: dict[str, Any] = {}
+  for key, value in values.items():
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = value
+  return tree
+
+
+def check_same_config(workdir: str | os.PathLike[str], before: dict[str, Any], now: dict[str, Any]) -> None:
+  """Raises ValueError, with the difference, when a run folder was made with another config."""
+  before = dict(walk(before))
+  changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+  shown = [f"config.{key}: {before.get(key)} there, {now.get(key)} now" for key in changed if key not in FREE_KEYS]
+  if shown:
+    raise ValueError(f"--workdir={workdir} was made with another config: {'; '.join(shown)}. Use the same config, or "
+                     "another --workdir (config.train.epochs may grow)")
+  if now["train.epochs"] < before["train.epochs"]:
+    raise ValueError(f"--workdir={workdir} was made with config.train.epochs={before['train.epochs']}; "
+                     f"{now['train.epochs']} now is less, and epochs may only grow")
+  if changed and "train.epochs" in changed and now["train.schedule"] != "constant":
+    LOG.warning("config.train.epochs grew from %d to %d: the %s schedule is stretched from here on",
+                    before["train.epochs"], now["train.epochs"], now["train.schedule"])
+
+
+def check_same_corpus(workdir: str | os.PathLike[str], before: dict[str, Any], now: dict[str, Any]) -> None:
+  """Raises ValueError, with the difference, when a run folder was made from another corpus."""
+  changed = [f"{key}: {before.get(key)} there, {now.get(key)} now" for key in now
+             if key != "name" and before.get(key) != now.get(key)]
+  if changed:
+    raise ValueError(f"--workdir={workdir} was made from another corpus: {'; '.join(changed)}. Use the same data, or "
+                     "another --workdir")
+
+
+class MetricsWriter:
+  """Writes each metric line to metrics.jsonl, to TensorBoard, and to the terminal (a bar on a TTY, else log lines)."""
+
+  def __init__(self, workdir: str | os.PathLike[str], start: int, total: int):
+    """Opens the files at step `start` of `total`; lines of later steps, which a lost part of the run wrote, go."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    keep_lines(path, start)
+    self._file = path.open("a")
+    self._events = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=start + 1)
+    self._bar = tqdm.tqdm(initial=start, total=total, unit="step") if sys.stderr.isatty() else None
+    self._shown: dict[str, str] = {}
+    self._start, self._total, self._begin = start, total, time.monotonic()
+
+  def advance(self) -> None:
+    """Counts one step on the progress bar."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
+    """Writes one line: what was measured on a split after a step."""
+    self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **values}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._events.add_scalar(f"{split}/{name}", value, step)
+    shown = {name: f"{values[name]:.4g}" for name in ("loss", "ndcg@10", "interactions_per_sec") if name in values}
+    if self._bar is not None:
+      self._shown |= shown
+      self._bar.set_postfix(self._shown)
+    else:
+      left = (time.monotonic() - self._begin) / max(step - self._start, 1) * (self._total - step)
+      LOG.info("step %d/%d epoch %d %s %s eta %.0fs", step, self._total, epoch, split,
+                   " ".join(f"{name}={value}" for name, value in shown.items()), left)
+
+  def sync(self) -> None:
+    """Makes sure that all lines are on disk, before a checkpoint makes them final."""
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._events.flush()
+
+  def close(self) -> None:
+    """Closes files and bar."""
+    self._file.close()
+    self._events.close()
+    if self._bar is not None:
+      self._bar.close()
+
+
+def keep_lines(path: pathlib.Path, last_step: int) -> None:
+  """Drops the lines of metrics.jsonl after a step, and a half-written one; in one atomic replacement."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines(keepends=True):
+    try:
+      if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+        kept.append(line)
+    except (ValueError, KeyError, TypeError):
+      LOG.warning("%s: dropped a damaged line: %r", path, line[:80])
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text("".join(kept))
+  os.replace(temporary, path)

@@ -1,0 +1,83 @@
+"""What training carries from step to step, and the keys it draws: all functions of (seed, purpose, step)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from awrsr_jax.engine.mesh import shardings
+
+PURPOSES = ("init", "dropout", "negatives")
+NO_STEP = np.iinfo(np.int32).max
+
+
+@struct.dataclass
+class Window:
+  """Sums since the last line of metrics: part of the state, so that a resumed run writes the same lines."""
+
+  loss: jax.Array  # summed over positions
+  positions: jax.Array
+  grad_norm: jax.Array  # summed over steps
+  steps: jax.Array
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that changes while training.
+
+  Attributes:
+    step: int32, steps done; also the position in the data.
+    params, opt_state: trees of float32.
+    window: running sums for the log.
+    bad_step: int32, the first step whose loss or gradient was not finite; NO_STEP if none.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  window: Window
+  bad_step: jax.Array
+
+
+def make_key(seed: int, purpose: str, step: int | jax.Array = 0) -> jax.Array:
+  """Returns the key of a purpose at a step; nothing of it needs saving."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose)), step)
+
+
+def make_schedule(train: Any, total_steps: int) -> optax.Schedule:
+  """Returns step -> learning rate: a linear warm-up, then constant, or down to 0 at total_steps (cosine, linear)."""
+  peak, warmup = train.learning_rate, train.warmup_steps
+  decay_steps = max(total_steps - warmup, 1)
+  after = {
+      "constant": optax.constant_schedule(peak),
+      "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+      "linear": optax.linear_schedule(peak, 0.0, decay_steps),
+  }[train.schedule]
+  return optax.join_schedules([lambda step: peak * (step + 1) / (warmup + 1), after], [warmup]) if warmup else after
+
+
+def make_optimizer(train: Any, total_steps: int) -> optax.GradientTransformation:
+  """Returns the optimizer that a config's `train` node describes."""
+  schedule = make_schedule(train, total_steps)
+  adam = {"adam": optax.adam(schedule, train.beta1, train.beta2),
+          "adamw": optax.adamw(schedule, train.beta1, train.beta2, weight_decay=train.weight_decay)}[train.optimizer]
+  return adam if train.clip_norm is None else optax.chain(optax.clip_by_global_norm(train.clip_norm), adam)
+
+
+def empty_window() -> Window:
+  """Returns sums of nothing."""
+  return Window(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+
+
+def init_state(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+  """Creates the state where it will live: no parameter is ever whole on one device unless it stays so."""
+  def init() -> TrainState:
+    inputs = jnp.zeros((1, backbone.max_length), jnp.int32)
+    params = backbone.init(make_key(seed, "init"), inputs)["params"]
+    return TrainState(jnp.int32(0), params, optimizer.init(params), empty_window(), jnp.int32(NO_STEP))
+  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)))()

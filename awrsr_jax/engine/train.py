@@ -1,0 +1,286 @@
+"""Training: one pure step, and one loop that reads top to bottom."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import logging
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from awrsr_jax.config import finalize
+from awrsr_jax.data import batches as data_batches
+from awrsr_jax.data import corpus as data_corpus
+from awrsr_jax.engine import checkpoint, ranking, run_folder
+from awrsr_jax.engine import mesh as meshes
+from awrsr_jax.engine.objective import objective
+from awrsr_jax.engine.state import (NO_STEP, TrainState, Window, empty_window, init_state, make_key, make_optimizer,
+                                    make_schedule)
+from awrsr_jax.model.backbones import build_backbone
+
+LOG = logging.getLogger(__name__)
+CHOSEN_BY = "ndcg@10"  # on validation: early stopping and the best checkpoint
+
+
+def train_step(state: TrainState, batch: dict[str, jax.Array], cumulative: jax.Array, *, backbone: nn.Module,
+               optimizer: optax.GradientTransformation, config: Any) -> tuple[TrainState, Window, jax.Array]:
+  """One update; pure.
+
+  Args:
+    state: before the step.
+    batch: inputs_BxL, targets_BxL.
+    cumulative: (I,) int32 popularity, see objective.
+    backbone, optimizer, config: static.
+
+  Returns:
+    The new state, and copies of its window and bad_step for the host to read while the next step runs.
+  """
+  keys = {purpose: make_key(config.seed, purpose, state.step) for purpose in ("dropout", "negatives")}
+
+  def mean_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    total, positions = objective(backbone, params, batch, cumulative, config.loss, keys)
+    return total / jnp.maximum(positions, 1), (total, positions)
+
+  grads, (total, positions) = jax.grad(mean_loss, has_aux=True)(state.params)
+  grad_norm = optax.global_norm(grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  fresh = state.step % config.train.log_every == 0  # the last step wrote a line
+  window = jax.tree.map(lambda old, new: jnp.where(fresh, 0, old) + new, state.window,
+                        Window(total, positions, grad_norm, jnp.float32(1)))
+  good = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+  bad_step = jnp.where(good, state.bad_step, jnp.minimum(state.bad_step, state.step + 1))
+  new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, window, bad_step)
+  return new_state, window, bad_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What a run is made of and never changes."""
+
+  config: Any
+  corpus: data_corpus.Corpus
+  mesh: Mesh
+  backbone: nn.Module
+  optimizer: optax.GradientTransformation
+  batches: data_batches.TrainBatches
+  ranking: dict[str, data_batches.RankingBatches]
+  train_step: Callable
+  rank_step: Callable
+
+  @property
+  def total_steps(self) -> int:
+    return len(self.batches)
+
+  def epoch(self, step: int) -> int:
+    """Returns the epoch, from 1, that a step (from 1) belongs to."""
+    return -(-step // self.batches.steps_per_epoch)
+
+  def evaluates(self, step: int) -> bool:
+    """Whether validation is due after a step: every so many epochs, and at the end."""
+    epoch, rest = divmod(step, self.batches.steps_per_epoch)
+    return rest == 0 and (epoch % self.config.eval.every_epochs == 0 or step == self.total_steps)
+
+
+def make_job(config: Any) -> Job:
+  """Reads the data and builds everything; no compilation yet.
+
+  Raises:
+    ValueError: config, data or devices do not fit together.
+  """
+  config = finalize(config)
+  mesh = meshes.make_mesh(config.mesh)
+  meshes.check_batch(mesh, train=config.train.batch_size, eval=config.eval.batch_size)
+  corpus = data_corpus.load(config.data)
+  process, processes = jax.process_index(), jax.process_count()
+  batches = data_batches.training_batches(corpus, config, process, processes)
+  backbone = build_backbone(config, corpus.num_items)
+  optimizer = make_optimizer(config.train, len(batches))
+  step = functools.partial(train_step, backbone=backbone, optimizer=optimizer, config=config)
+  return Job(
+      config, corpus, mesh, backbone, optimizer, batches,
+      {split: data_batches.ranking_batches(corpus, config, split, process, processes) for split in ("valid", "test")},
+      jax.jit(step, donate_argnums=0), ranking.make_rank_step(backbone, config.eval.block_items))
+
+
+def train(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+  """Trains, evaluates and leaves a run folder; the same call goes on where an earlier one was cut off.
+
+  Args:
+    config: from a config file.
+    workdir: the run folder, see engine/run_folder.py.
+
+  Returns:
+    The content of result.json.
+
+  Raises:
+    ValueError: anything wrong with config, data, devices or workdir; before the first compilation.
+    FloatingPointError: the loss or the gradient stopped being finite; the last good checkpoint stays.
+  """
+  began = time.monotonic()
+  job = make_job(config)
+  with run_folder.open_run(workdir, job.config, data_corpus.describe(job.corpus)):
+    result_path = pathlib.Path(workdir) / "result.json"
+    if result_path.exists():
+      result = run_folder.read_json(result_path)
+      if result["epochs"] == job.config.train.epochs:
+        LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
+        return result
+    manager = checkpoint.open_checkpoints(workdir)
+    try:
+      state, record = start_or_resume(job, manager)
+      state, record = run_steps(job, workdir, manager, state, record, began)
+      result = conclude(job, manager, state, record | {"seconds": record["seconds"] + time.monotonic() - began})
+    finally:
+      manager.close()
+    run_folder.write_json(result_path, result)
+  return result
+
+
+def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainState, dict[str, Any]]:
+  """Returns the state and record of the newest good checkpoint, or fresh ones."""
+  init = functools.partial(init_state, job.backbone, job.optimizer, job.config.seed, job.mesh)
+  abstract = jax.eval_shape(init)
+  template = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                          abstract, meshes.shardings(job.mesh, abstract))
+  found = checkpoint.restore_newest(manager, template)
+  if found is None:
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
+    LOG.info("%d users, %d items, %d interactions; %d parameters; %d steps of %d epochs, lengths %s",
+                 job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
+                 job.config.train.epochs, job.batches.buckets)
+    return init(), {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "seconds": 0.0}
+  LOG.info("resumed at step %d of %d", found[1]["step"], job.total_steps)
+  return found
+
+
+def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointManager, state: TrainState,
+              record: dict[str, Any], began: float) -> tuple[TrainState, dict[str, Any]]:
+  """The loop: batch, step, then what is due: a line, validation, a checkpoint. Returns the last state and record."""
+  config, step, seconds = job.config, record["step"], record["seconds"]
+  constants = {"config": config.to_dict(), "corpus": data_corpus.describe(job.corpus)}
+  ids = encode_items(job.corpus)
+  cumulative = meshes.replicate(job.mesh, np.cumsum(data_batches.training_counts(job.corpus)[1:], dtype=np.int32))
+  writer = run_folder.MetricsWriter(workdir, step, job.total_steps)
+  line = Line(job, writer)
+  for batch in data_batches.stream(job.batches, step):
+    if step == job.total_steps or is_over(config, record):
+      break
+    state, window, bad_step = job.train_step(state, meshes.to_global(job.mesh, batch), cumulative)
+    step += 1
+    line.flush()  # of the step before, while this one runs
+    line.put(step, window, bad_step)
+    evaluated = job.evaluates(step)
+    if not (evaluated or step % config.checkpoint.every_steps == 0):
+      continue
+    line.flush()
+    if evaluated:
+      metrics = ranking.summarize(ranking.rank_users(job.rank_step, state.params, job.ranking["valid"], job.mesh))
+      writer.write(step, job.epoch(step), "valid", metrics)
+      record = note_evaluation(record, step, metrics[CHOSEN_BY])
+      line.restart_clock()
+    writer.sync()
+    record = record | constants | {"step": step, "seconds": seconds + time.monotonic() - began}
+    checkpoint.save(manager, state, record, ids, metrics[CHOSEN_BY] if evaluated else None)
+  manager.wait_until_finished()
+  writer.close()
+  return state, record | {"seconds": seconds}
+
+
+class Line:
+  """The training line of metrics.jsonl: takes device values after a step, reads them one step later."""
+
+  def __init__(self, job: Job, writer: run_folder.MetricsWriter):
+    self._job, self._writer = job, writer
+    self._schedule = make_schedule(job.config.train, job.total_steps)
+    self._waiting: tuple[int, Window, jax.Array] | None = None
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Leaves the time up to now out of interactions_per_sec."""
+    self._clock = time.monotonic()
+
+  def put(self, step: int, window: Window, bad_step: jax.Array) -> None:
+    """Takes the values of a step; nothing is read."""
+    self._waiting = step, window, bad_step
+
+  def flush(self) -> None:
+    """Reads the values that wait; writes a line when one is due.
+
+    Raises:
+      FloatingPointError: a loss or gradient was not finite.
+    """
+    if self._waiting is None:
+      return
+    (step, window, bad_step), self._waiting = self._waiting, None
+    self._writer.advance()
+    if int(bad_step) != NO_STEP:
+      raise FloatingPointError(
+          f"the loss or its gradient is not finite at step {int(bad_step)} (epoch {self._job.epoch(int(bad_step))}); "
+          "the last checkpoint before it is kept. Lower config.train.learning_rate, or set config.train.clip_norm")
+    if step % self._job.config.train.log_every:
+      return
+    window = jax.device_get(window)
+    now = time.monotonic()
+    self._writer.write(step, self._job.epoch(step), "train", {
+        "loss": float(window.loss / max(window.positions, 1)), "grad_norm": float(window.grad_norm / window.steps),
+        "learning_rate": float(self._schedule(step - 1)),
+        "interactions_per_sec": round(float(window.positions) / (now - self._clock), 1)})
+    self._clock = now
+
+
+def note_evaluation(record: dict[str, Any], step: int, value: float) -> dict[str, Any]:
+  """Returns the early-stopping record after one more evaluation."""
+  if value > record["best"]:
+    return record | {"best": value, "best_step": step, "worse": 0}
+  return record | {"worse": record["worse"] + 1}
+
+
+def is_over(config: Any, record: dict[str, Any]) -> bool:
+  """Whether early stopping says so."""
+  return config.train.patience is not None and record["worse"] >= config.train.patience
+
+
+def encode_items(corpus: data_corpus.Corpus) -> dict[str, Any]:
+  """Returns the raw ids and titles of the items as arrays, for the checkpoint."""
+  numbers = range(1, corpus.num_items + 1)
+  return {"items": checkpoint.encode_texts([str(corpus.item_ids[number]) for number in numbers]),
+          "titles": checkpoint.encode_texts([corpus.titles.get(number, "") for number in numbers])}
+
+
+def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any]) -> dict[str, Any]:
+  """Evaluates the best checkpoint on validation and, this once, on test. Returns the content of result.json."""
+  params_sha256 = checkpoint.hash_params(state.params)
+  template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  best, _ = checkpoint.restore_step(manager, record["best_step"], template)
+  splits = {split: ranking.summarize(ranking.rank_users(job.rank_step, best.params, batches, job.mesh))
+            for split, batches in job.ranking.items()}
+  result = {
+      **{split: splits[split] for split in ("test", "valid")},
+      "protocol": ranking.describe_protocol(job.config.eval.protocol),
+      "loss": job.config.loss.name, "refine": job.config.model.refine, "backbone": job.config.model.backbone,
+      "seed": job.config.seed, "epochs": job.config.train.epochs, "steps": int(state.step),
+      "best_step": record["best_step"], "best_epoch": job.epoch(record["best_step"]),
+      "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+      "params_sha256": params_sha256,  # of the last step, see checkpoint.hash_params for the order
+      "corpus": data_corpus.describe(job.corpus),
+      "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
+      "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+      "wall_time_s": round(record["seconds"], 1),
+  }
+  if job.corpus.oracle is not None:
+    result["oracle"] = ranking.summarize(ranking.rank_oracle(job.ranking["test"]))
+  return result
+
+
+__all__ = ["Job", "make_job", "train", "train_step", "empty_window"]

@@ -1,0 +1,56 @@
+"""The main job: `python -m awrsr_jax.main --config=configs/ml1m.py --workdir=runs/ml1m`.
+
+Trains, evaluates exactly, checkpoints; the same command resumes. Every key of the config can be set by flag, as in
+`--config.model.refine=value`.
+"""
+
+import logging
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from awrsr_jax.engine.train import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, as in configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder: checkpoints, metrics, result.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the job and prints its result."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
+  if flags.FLAGS.verbosity <= 0:
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a page about every checkpoint
+  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
+  if not jax.config.jax_compilation_cache_dir:  # a second start, or a resumed run, compiles nothing again
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(cache / "awrsr_jax" / "compiled"))
+  try:
+    result = train(CONFIG.value, WORKDIR.value)
+  except (ValueError, FloatingPointError) as error:
+    if flags.FLAGS.verbosity > 0:
+      traceback.print_exc()
+    sys.exit(f"{type(error).__name__}: {error}")
+  print_result(result)
+
+
+def print_result(result: dict) -> None:
+  """Prints the test metrics, beside the computable best where there is one."""
+  columns = {name: result[name] for name in ("valid", "test", "oracle") if name in result}
+  print(f"{result['backbone']}, refine={result['refine']}, loss={result['loss']}, best epoch {result['best_epoch']}; "
+        f"{result['protocol']}")
+  print(" ".join([f"{'':8}", *(f"{name:>8}" for name in columns)]))
+  for metric in result["test"]:
+    print(" ".join([f"{metric:8}", *(f"{values[metric]:8.4f}" for values in columns.values())]))
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

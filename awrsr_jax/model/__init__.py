@@ -1,0 +1,1 @@
+"""The mathematics: attention, its refinement, backbones and losses."""

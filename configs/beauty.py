@@ -1,0 +1,20 @@
+"""Amazon Beauty (2014, 5-core): 22,363 users, 12,101 items, 198,502 interactions.
+
+    python -m awrsr_jax.main --config=configs/beauty.py --workdir=runs/beauty --config.data.path=FILE
+
+FILE holds one line per user, `user item_1 item_2 ...`, oldest first. It cannot be downloaded: it has no licence.
+Result: see README.md.
+"""
+
+import ml_collections
+
+from awrsr_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the base config with what this data set needs."""
+  config = default()
+  config.data.name = "beauty"
+  config.data.max_length = 50
+  config.model.dropout = 0.6
+  return config

@@ -1,0 +1,20 @@
+"""Amazon Sports and Outdoors (2014, 5-core): 35,598 users, 18,357 items, 296,337 interactions.
+
+    python -m awrsr_jax.main --config=configs/sports.py --workdir=runs/sports --config.data.path=FILE
+
+FILE holds one line per user, `user item_1 item_2 ...`, oldest first. It cannot be downloaded: it has no licence.
+Result: see README.md.
+"""
+
+import ml_collections
+
+from awrsr_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the base config with what this data set needs."""
+  config = default()
+  config.data.name = "sports"
+  config.data.max_length = 50
+  config.model.dropout = 0.6
+  return config

@@ -1,0 +1,21 @@
+"""A corpus made from a seed by a known law (awrsr_jax/data/synthetic.py), so that the best possible result is known.
+
+  python -m awrsr_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
+"""
+
+import ml_collections
+
+from awrsr_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = default()
+  config.data.name = "synthetic"
+  config.data.max_length = 24
+  config.data.buckets = 2
+  config.model.dropout = 0.1
+  config.model.awr.rank = 16
+  config.train.epochs = 20
+  config.train.batch_size = 128
+  return config

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+if [[ ${1:-} == --help ]]; then
+  cat <<'END'
+Usage: bash launch/test.sh [flags of pytest]
+
+Makes .venv at the top level of the repository, installs requirements.txt into it (only when that has changed), and
+runs the tests there:
+  .venv/bin/python -m pytest -q [flags]
+
+Paths count from the top level, whatever the current directory.
+
+  bash launch/test.sh tests/losses_test.py -x
+  bash launch/test.sh -h                    the flags of pytest
+
+PYTHON=/path/to/python3 names the Python (3.11 or newer) that makes .venv; remove .venv to change it.
+JAX_COMPILATION_CACHE_DIR is where compiled programs are kept for the next run (default: .venv/jax_cache).
+END
+  exit
+fi
+
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/jax_cache}
+exec .venv/bin/python -m pytest -q "$@"
