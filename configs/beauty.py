@@ -16,5 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
   config = default()
   config.data.name = "beauty"
   config.data.max_length = 50
+  config.data.buckets = 6
   config.model.dropout = 0.6
+  config.train.epochs = 80
+  config.eval.every_epochs = 5
   return config

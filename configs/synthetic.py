@@ -16,6 +16,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.buckets = 2
   config.model.dropout = 0.1
   config.model.awr.rank = 16
-  config.train.epochs = 20
-  config.train.batch_size = 128
+  config.train.epochs = 40
   return config

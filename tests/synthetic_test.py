@@ -78,6 +78,7 @@ def test_the_seed_decides_everything():
   np.testing.assert_array_equal(first.items, again.items)
   np.testing.assert_array_equal(first.users, again.users)
   assert first.items.size != other.items.size or (first.items != other.items).any()
+  assert (np.bincount(first.users)[:20] != np.bincount(other.users)[:20]).any()  # lengths too
   history = np.array([[3, 4]])
   assert (synthetic.oracle_scores(law(seed=1))(history) != synthetic.oracle_scores(law(seed=2))(history))[0, 1:].all()
 
