@@ -143,10 +143,16 @@ def finalize(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
   Raises:
     ValueError: a key is unknown or missing, or a value has the wrong type, is out of range or fits no other value.
   """
-  given, known = dict(walk(config)), dict(walk(default()))
+  start = default()
+  given, known = dict(walk(config)), dict(walk(start))
   if given.keys() != known.keys():
     raise ValueError(f"config: unknown keys {sorted(given.keys() - known.keys())}, missing keys "
                      f"{sorted(known.keys() - given.keys())}; start from awrsr_jax.config.default()")
+  for key, value in given.items():
+    kind = key_type(start, key)
+    if type(value) is not kind and not (value is None and known[key] is None):  # True is no int here
+      raise ValueError(f"config.{key}={value!r} must be {kind.__name__}"
+                       f"{' or None' if known[key] is None else ''}, not {type(value).__name__}")
   for key, choices in CHOICES.items():
     if given[key] is not None and given[key] not in choices:
       raise ValueError(f"config.{key}={given[key]!r} is not one of {', '.join(choices)}")
@@ -158,15 +164,24 @@ def finalize(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
   return ml_collections.FrozenConfigDict(config)
 
 
+def key_type(config: ml_collections.ConfigDict, key: str) -> type:
+  """Returns the type of a dotted key; of an optional one, the type that it has when it is set."""
+  *parents, leaf = key.split(".")
+  for parent in parents:
+    config = config[parent]
+  return config.get_type(leaf)
+
+
 def _check_together(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError for values that are each allowed but not together."""
   model, loss, train = config.model, config.loss, config.train
   if model.width % model.heads:
     raise ValueError(f"config.model.heads={model.heads} does not divide config.model.width={model.width}; "
                      f"choose heads from {[h for h in range(1, model.width + 1) if model.width % h == 0]}")
-  for key in ("dropout", "attention_dropout"):
-    if model[key] is not None and model[key] >= 1:
-      raise ValueError(f"config.model.{key}={model[key]} must be below 1")
+  for name, value in (("model.dropout", model.dropout), ("model.attention_dropout", model.attention_dropout),
+                      ("train.beta1", train.beta1), ("train.beta2", train.beta2)):
+    if value is not None and value >= 1:
+      raise ValueError(f"config.{name}={value} must be below 1")
   if loss.gbce_t > 1:
     raise ValueError(f"config.loss.gbce_t={loss.gbce_t} must lie between 0 and 1")
   if loss.negatives == "popularity" and loss.name != "sampled_softmax":

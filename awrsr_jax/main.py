@@ -4,6 +4,7 @@ Trains, evaluates exactly, checkpoints; the same command resumes. Every key of t
 `--config.model.refine=value`.
 """
 
+import difflib
 import logging
 import os
 import pathlib
@@ -16,10 +17,26 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from awrsr_jax.config import default, walk
 from awrsr_jax.engine.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, as in configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder: checkpoints, metrics, result.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; a config key or file that does not exist is one clear line, not a traceback."""
+  known = [key for key, _ in walk(default())]
+  for flag in argv[1:]:
+    name, _, value = flag.lstrip("-").partition("=")
+    key = name.partition(".")[2]
+    if name.startswith("config.") and key not in known:
+      close = difflib.get_close_matches(key, known, n=3)
+      sys.exit(f"ValueError: --{name}: the config has no such key; "
+               f"{'did you mean ' + ' or '.join(close) + '?' if close else 'awrsr_jax/config.py lists them all'}")
+    if name == "config" and value and not pathlib.Path(value.partition(":")[0]).exists():
+      sys.exit(f"ValueError: --config={value}: no such file, seen from {pathlib.Path.cwd()}")
+  return app.parse_flags_with_usage(argv)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,4 +70,4 @@ def print_result(result: dict) -> None:
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -18,6 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.max_length = 50
   config.data.buckets = 6
   config.model.dropout = 0.6
-  config.train.epochs = 80
+  config.train.epochs = 60
+  config.train.batch_size = 256
+  config.train.schedule = "cosine"
   config.eval.every_epochs = 5
   return config

@@ -82,6 +82,11 @@ def test_equal_times_keep_file_order():
     assert made.item_ids[made.history(user)].tolist() == found.items[rows].tolist()
 
 
+def test_only_the_rows_that_are_kept_count():
+  made = corpus.number(interactions([(1, 5, 0), (1, 6, 3), (1, 7, 2), (2, 6, 1)]), np.array([1, 2]), "x")
+  assert made.user_ids.tolist() == [1] and made.item_ids[made.items].tolist() == [7, 6]
+
+
 def test_without_times_file_order_is_time_order():
   made = make([(2, 5), (1, 9), (2, 4), (1, 3), (2, 5)])
   assert made.item_ids[made.items].tolist() == [9, 3, 5, 4, 5]
@@ -207,6 +212,19 @@ def test_raw_ml_1m_gives_the_published_sequences():
     mapped = [items[item] for item in raw.item_ids[raw.history(at)].tolist()]
     assert mapped == published.item_ids[published.history(position[user])].tolist()
   assert corpus.fingerprint(raw) == corpus.fingerprint(published)
+
+
+def test_the_fingerprint_itself_never_changes():
+  """BENCHMARKS, and every corpus.json, hold fingerprints: a new algorithm would orphan them."""
+  made = make([(1, 1), (1, 2), (1, 3), (2, 3), (2, 1), (2, 2), (2, 1)])
+  assert corpus.fingerprint(made) == "d19c85fdcf91e73cc45c3cb1c5bc8f923221d5737f86e67852885c9e496fec50"
+
+
+def test_numbering_hash_follows_raw_ids():
+  first, same, other = (make([(1, 1), (1, item), (2, 1)]) for item in (2, 2, 3))
+  assert corpus.describe(first)["numbering"] == corpus.describe(same)["numbering"]
+  assert corpus.describe(first)["numbering"] != corpus.describe(other)["numbering"]
+  assert corpus.describe(first)["fingerprint"] == corpus.describe(other)["fingerprint"]
 
 
 def test_description_is_plain_json():

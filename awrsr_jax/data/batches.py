@@ -105,6 +105,11 @@ class TrainBatches:
   def steps_per_epoch(self) -> int:
     return -(-len(self.starts) // self.batch_size)
 
+  @property
+  def targets_per_step(self) -> float:
+    """Real targets of a global batch, on average over an epoch."""
+    return float(np.sum(self.ends - self.starts - 1)) / self.steps_per_epoch
+
   @functools.cached_property
   def _bucket_of_row(self) -> np.ndarray:
     return np.searchsorted(self.buckets, self.ends - self.starts - 1)

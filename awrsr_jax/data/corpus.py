@@ -199,11 +199,11 @@ def describe(corpus: Corpus) -> dict[str, Any]:
   lengths_U = corpus.lengths
   return {
       "name": corpus.name, "fingerprint": fingerprint(corpus),
-      "numbering": hashlib.sha256("\n".join(map(str, corpus.item_ids.tolist())).encode()).hexdigest(), "users": corpus.num_users, "items": corpus.num_items,
-      "interactions": corpus.num_interactions, "mean_length": float(lengths_U.mean()),
-      "median_length": float(np.median(lengths_U)), "min_length": int(lengths_U.min()),
-      "max_length": int(lengths_U.max()), "density": corpus.num_interactions / corpus.num_users / corpus.num_items,
-      "titles": len(corpus.titles),
+      "numbering": hashlib.sha256("\n".join(map(str, corpus.item_ids.tolist())).encode()).hexdigest(),
+      "users": corpus.num_users, "items": corpus.num_items, "interactions": corpus.num_interactions,
+      "mean_length": float(lengths_U.mean()), "median_length": float(np.median(lengths_U)),
+      "min_length": int(lengths_U.min()), "max_length": int(lengths_U.max()),
+      "density": corpus.num_interactions / corpus.num_users / corpus.num_items, "titles": len(corpus.titles),
   }
 
 

@@ -5,6 +5,7 @@ array), `ids` (raw ids and titles of the items). Kept: the two newest, and the b
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -177,6 +178,5 @@ def encode_texts(texts: list[str]) -> dict[str, np.ndarray]:
 
 def decode_texts(arrays: dict[str, np.ndarray]) -> list[str]:
   """Undoes encode_texts."""
-  ends = np.asarray(arrays["ends"])
   whole = np.asarray(arrays["bytes"]).tobytes()
-  return [whole[start:end].decode() for start, end in zip(np.r_[0, ends[:-1]], ends, strict=True)]
+  return [whole[start:end].decode() for start, end in itertools.pairwise([0, *np.asarray(arrays["ends"]).tolist()])]

@@ -15,20 +15,21 @@ RULES = (
 
 
 def make_mesh(mesh: Any) -> Mesh:
-  """Lays all devices out as (data, model).
+  """Lays devices out as (data, model).
 
   Args:
-    mesh: the `mesh` node of a config; data = -1 takes all devices that model leaves.
+    mesh: the `mesh` node of a config; data = -1 takes all devices that model leaves, data = 1 and model = 1 the first.
 
   Raises:
-    ValueError: data x model is not the number of devices.
+    ValueError: there are fewer than data x model devices, or data = -1 leaves some over.
   """
-  devices = jax.device_count()
-  data = devices // mesh.model if mesh.data == -1 else mesh.data
-  if data * mesh.model != devices or data < 1:
-    raise ValueError(f"config.mesh.data={mesh.data} x config.mesh.model={mesh.model} does not fit {devices} devices; "
-                     "set mesh.data=-1 and mesh.model to a divisor of the devices")
-  return jax.make_mesh((data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  devices = jax.devices()
+  data = len(devices) // mesh.model if mesh.data == -1 else mesh.data
+  used = data * mesh.model
+  if not 1 <= used <= len(devices) or (mesh.data == -1 and used != len(devices)):
+    raise ValueError(f"config.mesh.data={mesh.data} x config.mesh.model={mesh.model} does not fit {len(devices)} "
+                     "devices; set mesh.data=-1 and mesh.model to a divisor of the devices")
+  return jax.make_mesh((data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
 
 
 def check_batch(mesh: Mesh, **batch_sizes: int) -> None:

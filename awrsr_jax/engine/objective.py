@@ -42,7 +42,7 @@ def objective(backbone: nn.Module, params: Any, batch: dict[str, jax.Array], cum
       negatives_K, log_expected_K = draw_shared(keys["negatives"], loss, num_items, cumulative)
       loss_BxL = losses.sampled_softmax(
           bound("score", hidden, targets_BxL[..., None])[..., 0], bound("score", hidden, negatives_K), log_expected_K,
-          collides=negatives_K == targets_BxL[..., None])
+          collides=negatives_K[None, None] == targets_BxL[..., None])
     case _:
       negatives_BxLxK = draw_unseen(keys["negatives"], inputs_BxL, targets_BxL, loss.num_negatives, num_items)
       positive = bound("score", hidden, targets_BxL[..., None])[..., 0]
@@ -126,7 +126,7 @@ def draw_unseen(key: jax.Array, inputs_BxL: jax.Array, targets_BxL: jax.Array, c
   row = jnp.sort(jnp.concatenate([inputs_BxL[:, :1], targets_BxL], axis=1), axis=1)  # inputs after the first are targets
   repeated = jnp.concatenate([jnp.zeros_like(row[:, :1], bool), row[:, 1:] == row[:, :-1]], axis=1)
   seen = jnp.sort(jnp.where(repeated | (row == 0), num_items + 1 + row.shape[1], row), axis=1)
-  gaps = seen - jnp.arange(1, row.shape[1] + 1)
+  gaps = seen - jnp.arange(1, row.shape[1] + 1)[None]
   unseen_B = num_items - jnp.sum(seen <= num_items, axis=1)
   u = jax.random.randint(key, (*targets_BxL.shape, count), 1, jnp.maximum(unseen_B, 1)[:, None, None] + 1)
   before = jax.vmap(lambda gaps, u: jnp.searchsorted(gaps, u, side="left"))(gaps, u)

@@ -63,7 +63,7 @@ def rank_among_all(backbone: nn.Module, params: Any, hidden: Hidden, target_B: j
     broken = jnp.any(jnp.isnan(scores), axis=1)
     column = jnp.where((seen_BxS >= item[0]) & (seen_BxS <= item[-1]), seen_BxS - item[0], size)
     scores = scores.at[user[:, None], column].set(-jnp.inf, mode="drop")
-    rival = new & (item != target_B[:, None]) & (scores > -jnp.inf)
+    rival = new[None] & (item[None] != target_B[:, None]) & (scores > -jnp.inf)
     higher = jnp.sum(rival & (scores > target_score_B[:, None]), axis=1)
     tied = jnp.sum(rival & (scores == target_score_B[:, None]), axis=1)
     return (counts[0] + higher, counts[1] + tied, counts[2] | broken), None

@@ -64,13 +64,17 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
   except BlockingIOError as error:
     raise ValueError(f"--workdir={workdir} is in use by another process; wait for it or choose another "
                      "folder") from error
-  values = json.loads(json.dumps(dict(walk(config))))
-  if (folder / "config.json").exists():
-    check_same_config(workdir, read_json(folder / "config.json"), values)
-  if (folder / "corpus.json").exists():
-    check_same_corpus(workdir, read_json(folder / "corpus.json"), corpus)
-  write_json(folder / "config.json", nest(values))
-  write_json(folder / "corpus.json", corpus)
+  try:
+    values = json.loads(json.dumps(dict(walk(config))))
+    if (folder / "config.json").exists():
+      check_same_config(workdir, read_json(folder / "config.json"), values)
+    if (folder / "corpus.json").exists():
+      check_same_corpus(workdir, read_json(folder / "corpus.json"), corpus)
+    write_json(folder / "config.json", nest(values))
+    write_json(folder / "corpus.json", corpus)
+  except BaseException:
+    lock.close()  # who caught the error may still hold it, and with it this frame
+    raise
   return lock
 
 
@@ -131,7 +135,9 @@ class MetricsWriter:
     path = pathlib.Path(workdir) / "metrics.jsonl"
     keep_lines(path, start)
     self._file = path.open("a")
-    self._events = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=start + 1)
+    # the name has whole seconds only: without the suffix a quick resumption would overwrite the events before it
+    self._events = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=start + 1,
+                                              filename_suffix=f".{start}")
     self._bar = tqdm.tqdm(initial=start, total=total, unit="step") if sys.stderr.isatty() else None
     self._shown: dict[str, str] = {}
     self._start, self._total, self._begin = start, total, time.monotonic()

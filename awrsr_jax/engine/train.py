@@ -34,25 +34,30 @@ CHOSEN_BY = "ndcg@10"  # on validation: early stopping and the best checkpoint
 
 
 def train_step(state: TrainState, batch: dict[str, jax.Array], cumulative: jax.Array, *, backbone: nn.Module,
-               optimizer: optax.GradientTransformation, config: Any) -> tuple[TrainState, Window, jax.Array]:
+               optimizer: optax.GradientTransformation, config: Any,
+               targets_per_step: float) -> tuple[TrainState, Window, jax.Array]:
   """One update; pure.
+
+  The loss of a batch is its sum over real targets, divided by what batches have on average: so every target weighs the
+  same, whatever the length of its row, and bucketing by length changes no expected gradient.
 
   Args:
     state: before the step.
     batch: inputs_BxL, targets_BxL.
     cumulative: (I,) int32 popularity, see objective.
     backbone, optimizer, config: static.
+    targets_per_step: see TrainBatches.
 
   Returns:
     The new state, and copies of its window and bad_step for the host to read while the next step runs.
   """
   keys = {purpose: make_key(config.seed, purpose, state.step) for purpose in ("dropout", "negatives")}
 
-  def mean_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  def scaled_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     total, positions = objective(backbone, params, batch, cumulative, config.loss, keys)
-    return total / jnp.maximum(positions, 1), (total, positions)
+    return total / targets_per_step, (total, positions)
 
-  grads, (total, positions) = jax.grad(mean_loss, has_aux=True)(state.params)
+  grads, (total, positions) = jax.grad(scaled_loss, has_aux=True)(state.params)
   grad_norm = optax.global_norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   fresh = state.step % config.train.log_every == 0  # the last step wrote a line
@@ -106,7 +111,8 @@ def make_job(config: Any) -> Job:
   batches = data_batches.training_batches(corpus, config, process, processes)
   backbone = build_backbone(config, corpus.num_items)
   optimizer = make_optimizer(config.train, len(batches))
-  step = functools.partial(train_step, backbone=backbone, optimizer=optimizer, config=config)
+  step = functools.partial(train_step, backbone=backbone, optimizer=optimizer, config=config,
+                           targets_per_step=batches.targets_per_step)
   return Job(
       config, corpus, mesh, backbone, optimizer, batches,
       {split: data_batches.ranking_batches(corpus, config, split, process, processes) for split in ("valid", "test")},

@@ -103,7 +103,8 @@ class SASRec(nn.Module):
     table = table if count is None else jax.lax.dynamic_slice_in_dim(table, first, count)
     scores = jnp.einsum("...d,kd->...k", hidden.mean, table)
     row = first + jnp.arange(len(table))
-    return jnp.where((row >= 1) & (row <= self.num_items), scores, -jnp.inf)
+    is_item = jnp.broadcast_to((row >= 1) & (row <= self.num_items), scores.shape)
+    return jnp.where(is_item, scores, -jnp.inf)
 
 
 BACKBONES = {"sasrec": SASRec}

@@ -27,7 +27,7 @@ def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Ar
     rate: in [0, 1).
     train: False returns x.
   """
-  dropped = round(rate * 256)
+  dropped = min(round(rate * 256), 255)
   if not train or dropped == 0:
     return x
   words = jax.random.bits(module.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
@@ -54,7 +54,7 @@ class Embedding(nn.Module):
   def __call__(self, inputs_BxL: jax.Array, train: bool) -> jax.Array:
     """Returns x_BxLxD: item vectors times sqrt(D) plus positions, 0 where padded."""
     positions = self.position_table[self.max_length - inputs_BxL.shape[-1]:]
-    x_BxLxD = (self.item_table[inputs_BxL] * self.width ** 0.5 + positions).astype(self.dtype)
+    x_BxLxD = (self.item_table[inputs_BxL] * self.width ** 0.5 + positions[None]).astype(self.dtype)
     return dropout(self, x_BxLxD, self.dropout, train) * (inputs_BxL > 0)[..., None]
 
 

@@ -15,7 +15,7 @@ def covariance(x: jax.Array) -> jax.Array:
 def deviation(x: jax.Array) -> jax.Array:
   """Returns sqrt(ELU(x) + 1), written as exp(x / 2) below zero so that neither value nor gradient is lost there."""
   x = x.astype(jnp.float32)
-  return jnp.where(x > 0, jnp.sqrt(jnp.maximum(x, 0) + 1), jnp.exp(jnp.minimum(x, 0) / 2))
+  return jnp.where(x > 0, jnp.sqrt(jnp.maximum(x, 0) + 1), jnp.exp(jnp.where(x > 0, 0, x) / 2))
 
 
 def wasserstein(mean_q: jax.Array, deviation_q: jax.Array, mean_k: jax.Array, deviation_k: jax.Array) -> jax.Array:

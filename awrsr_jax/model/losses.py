@@ -52,7 +52,7 @@ def softmax(scores: jax.Array, targets: jax.Array) -> jax.Array:
     scores: (..., V); -inf rows take no part.
     targets: (...) int32.
   """
-  is_target = jnp.arange(scores.shape[-1]) == targets[..., None]  # a gather's gradient would be one more pass
+  is_target = jax.nn.one_hot(targets, scores.shape[-1], dtype=bool)  # a gather's gradient would be one more pass
   positive = jnp.sum(jnp.where(is_target, scores, 0), axis=-1)
   return jax.nn.logsumexp(scores, axis=-1) - positive
 
@@ -71,6 +71,7 @@ def sampled_softmax(positive: jax.Array, negatives: jax.Array, log_expected: jax
     log_expected: (K,) log of K times the probability that one draw gives this item.
     collides: (..., K) bool, True where the draw is the target.
   """
+  log_expected = jnp.broadcast_to(log_expected, negatives.shape)
   corrected = jnp.where(collides, -jnp.inf, negatives - log_expected)
   everything = jnp.concatenate([positive[..., None], corrected], axis=-1)
   return jax.nn.logsumexp(everything, axis=-1) - positive

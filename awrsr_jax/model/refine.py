@@ -71,7 +71,7 @@ class Refinement(nn.Module):
           scores = scores + correlation
           weights = masked_softmax(scores, mask)
         case "additive", "weights":
-          gate = nn.sigmoid(self.param(f"order{order + 1}_gate", nn.initializers.zeros, (self.heads, 1, 1)))
+          gate = nn.sigmoid(self.param(f"order{order + 1}_gate", nn.initializers.zeros, (1, self.heads, 1, 1)))
           weights = (1 - gate) * weights + gate * masked_softmax(correlation, mask)
     self.sow("intermediates", "refined", weights)
     return weights

@@ -1,0 +1,250 @@
+"""Backbones: the whole forward pass against loops in float64, causality, padding, and the scores of items."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks_test import block_by_loops, norm_by_loops
+from refine_test import CASES, VARIANTS, model_of, random_params
+
+from awrsr_jax.config import finalize
+from awrsr_jax.model import backbones
+from awrsr_jax.model.attention import masked_softmax
+from awrsr_jax.model.backbones import Hidden, SASRec, attention_maps, build_backbone, table_rows
+
+WIDTH, N, ITEMS, ROWS = 8, 9, 13, 16
+NORMS = ("pre", "post", "query")
+# Every item is in one place only, so that the gradient of an item's vector is the gradient of one input.
+INPUTS = np.array([[3, 1, 4, 13, 5], [0, 0, 2, 6, 8]], np.int32)
+REAL = INPUTS > 0
+
+
+@functools.cache
+def build(variant: str, order: int = 1, norm: str = "pre", **changes: Any) -> tuple[SASRec, Any]:
+  """Returns a backbone and random parameters for it: two layers where the variant is a common one, for speed."""
+  model = model_of(variant, order, norm=norm, **{
+      "width": WIDTH, "ffn_width": 6, "layers": 2 if variant in ("none", "value") else 1, "table_multiple": 4,
+      "dropout": 0.0, **changes})
+  backbone = SASRec(model, N, ITEMS)
+  return backbone, random_params(backbone.init, INPUTS, scale=0.4)
+
+
+def encode(backbone: SASRec, params: Any, inputs: np.ndarray, **options: Any) -> np.ndarray:
+  return np.asarray(backbone.apply({"params": params}, inputs, method="encode", **options).mean)
+
+
+def encode_by_loops(backbone: SASRec, params: Any, inputs_L: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Returns (L, D) of one history, float64, and the refined weights (H, L, L) of every layer."""
+  length = len(inputs_L)
+  x, maps = np.zeros((length, WIDTH)), []
+  for column, item in enumerate(inputs_L):
+    if item > 0:
+      x[column] = (params["item_table"][item].astype(np.float64) * WIDTH ** 0.5
+                   + params["position_table"][N - length + column])
+  for layer in range(backbone.model.layers):
+    x, weights = block_by_loops(params[f"blocks_{layer}"], backbone.model, x, inputs_L > 0)
+    maps.append(weights)
+  return x if backbone.model.norm == "post" else norm_by_loops(params["norm_out"], x), maps
+
+
+def flatten(params: Any) -> Any:
+  """Returns parameters with the embedding's tables beside the rest."""
+  return {**params, **params["embedding"]}
+
+
+@pytest.mark.parametrize("variant, order, norm, activation", [
+    ("none", 1, "pre", "relu"), ("none", 1, "post", "gelu"), ("none", 1, "query", "relu"),
+    ("value", 2, "pre", "gelu"), ("stochastic", 1, "post", "relu"), ("additive_on_weights", 1, "query", "gelu")])
+def test_forward_pass_agrees_with_loops(variant, order, norm, activation):
+  backbone, params = build(variant, order, norm, activation=activation, layers=2)
+  found = encode(backbone, params, INPUTS)
+  for b in range(2):
+    wanted, _ = encode_by_loops(backbone, flatten(params), INPUTS[b])
+    np.testing.assert_allclose(found[b][REAL[b]], wanted[REAL[b]], atol=1e-5)
+
+
+COMBINATIONS = [(*case, NORMS[i % 3]) for i, case in enumerate(CASES)] + [
+    ("none", 1, "post"), ("none", 1, "query"), ("value", 1, "pre"), ("value", 1, "post"), ("value", 2, "query")]
+
+
+@pytest.mark.parametrize("variant, order, norm", sorted(set(COMBINATIONS)))
+def test_gradient_reaches_every_earlier_input_and_no_later_one_no_padding_and_no_neighbour(variant, order, norm):
+  backbone, params = build(variant, order, norm)
+  probe = np.random.default_rng(0).normal(size=WIDTH).astype(np.float32)
+  def project(tables: dict[str, jax.Array]) -> jax.Array:
+    hidden = backbone.apply({"params": {**params, "embedding": tables}}, INPUTS, method="encode").mean
+    return jnp.where(REAL, hidden @ probe, 0)  # (B, L)
+  jacobian = jax.jacrev(project)(params["embedding"])
+  by_item = np.any(np.asarray(jacobian["item_table"]) != 0, axis=-1)  # (B, L, V)
+  by_position = np.any(np.asarray(jacobian["position_table"]) != 0, axis=-1)  # (B, L, n)
+  for b, t in np.argwhere(REAL):
+    earlier = REAL[b] & (np.arange(5) <= t)
+    assert set(np.flatnonzero(by_item[b, t])) == set(INPUTS[b][earlier])
+    assert set(np.flatnonzero(by_position[b, t])) == set(N - 5 + np.flatnonzero(earlier))
+
+
+@pytest.mark.parametrize("variant, order", CASES)
+def test_left_padding_changes_no_real_output(variant, order):
+  backbone, params = build(variant, order, NORMS[order])
+  short = encode(backbone, params, INPUTS[:, -4:])
+  for length in (7, N):
+    padded = np.pad(INPUTS[:, -4:], [(0, 0), (length - 4, 0)])
+    np.testing.assert_allclose(encode(backbone, params, padded)[:, -4:][REAL[:, -4:]], short[REAL[:, -4:]], atol=1e-6)
+
+
+@pytest.mark.parametrize("variant, order", CASES)
+def test_padded_rows_and_batch_neighbours_never_matter(variant, order):
+  backbone, params = build(variant, order, NORMS[order])
+  found = encode(backbone, params, INPUTS)
+  table = params["embedding"]["item_table"].copy()
+  table[0] = 1e3
+  poisoned = {**params, "embedding": {**params["embedding"], "item_table": table}}
+  np.testing.assert_array_equal(encode(backbone, poisoned, INPUTS)[REAL], found[REAL])
+  beside_others = encode(backbone, params, np.stack([np.array([0, 0, 0, 0, 9]), INPUTS[1]]))
+  np.testing.assert_allclose(beside_others[1][REAL[1]], found[1][REAL[1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_that_are_all_padding_have_finite_outputs_and_gradients(variant, dtype):
+  norm = NORMS[list(VARIANTS).index(variant) % 3]
+  backbone, params = build(variant, 2, norm, dtype=dtype)
+  inputs = np.stack([*INPUTS, np.zeros(5, np.int32)])
+  def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+    hidden = backbone.apply({"params": params}, inputs, method="encode").mean
+    return jnp.sum(jnp.square(hidden)), hidden
+  grads, hidden = jax.grad(loss, has_aux=True)(params)
+  assert hidden.dtype == jnp.float32 and np.all(np.isfinite(hidden))
+  assert all(np.all(np.isfinite(grad)) for grad in jax.tree.leaves(grads))
+  assert np.any(grads["embedding"]["item_table"]) and not np.any(grads["embedding"]["item_table"][0])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_none_is_bit_identical_to_the_plain_backbone(norm, monkeypatch):
+  backbone, params = build("none", norm=norm)
+  def plain(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0)
+  found = encode(backbone, params, INPUTS)
+  monkeypatch.setattr(backbones, "build_refinement", lambda model, max_length: plain)
+  np.testing.assert_array_equal(found, encode(SASRec(backbone.model, N, ITEMS), params, INPUTS))
+  monkeypatch.setattr(backbones, "build_refinement", lambda model, max_length: lambda s, mask: masked_softmax(-s, mask))
+  assert np.any(found != encode(SASRec(backbone.model, N, ITEMS), params, INPUTS))  # weights do matter here
+
+
+@pytest.mark.parametrize("dropout, attention_dropout, random", [
+    (0.0, None, False), (0.5, 0.0, True), (0.0, 0.5, True), (0.5, None, True)])
+def test_dropout_rates_are_those_of_the_config(dropout, attention_dropout, random):
+  backbone, params = build("value", dropout=dropout, attention_dropout=attention_dropout)
+  runs = [encode(backbone, params, INPUTS, train=True, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1)]
+  assert np.any(runs[0] != runs[1]) == random
+  assert np.any(runs[0] != encode(backbone, params, INPUTS)) == random
+
+
+def test_attention_dropout_is_the_models_where_it_is_not_set():
+  unset, params = build("value", dropout=0.5)
+  rates = [SASRec(unset.model, N, ITEMS).bind({"params": params}).blocks[0].attention.dropout,
+           build("value", dropout=0.5, attention_dropout=0.25)[0].bind({"params": params}).blocks[0].attention.dropout]
+  assert rates == [0.5, 0.25]
+
+
+@functools.cache
+def scored() -> tuple[SASRec, Any, Hidden, np.ndarray]:
+  """Returns a backbone, its parameters, hidden states (2, 3, D), and all their scores (2, 3, V)."""
+  backbone, params = build("none")
+  hidden = Hidden(mean=jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, WIDTH)), jnp.float32))
+  return backbone, params, hidden, np.asarray(backbone.apply({"params": params}, hidden, method="score_all"))
+
+
+def test_score_all_is_the_dot_product_and_minus_infinity_for_padding_and_fill_rows():
+  _, params, hidden, scores = scored()
+  assert scores.shape == (2, 3, ROWS) and scores.dtype == np.float32
+  for index in np.ndindex(2, 3, ROWS):
+    item = index[-1]
+    if 1 <= item <= ITEMS:
+      wanted = float(np.float64(hidden.mean[index[:2]]) @ params["embedding"]["item_table"][item])
+      assert scores[index] == pytest.approx(wanted, abs=1e-5)
+    else:
+      assert scores[index] == -np.inf
+
+
+def test_score_agrees_with_score_all_for_shared_and_for_own_candidates():
+  backbone, params, hidden, scores = scored()
+  score = lambda hidden, items: backbone.apply({"params": params}, hidden, items, method="score")  # noqa: E731
+  shared = np.array([13, 2, 2, 7])
+  np.testing.assert_allclose(score(hidden, shared), scores[..., shared], atol=1e-6)
+  own = np.random.default_rng(2).integers(1, ITEMS + 1, (2, 3, 5))
+  np.testing.assert_allclose(score(hidden, own), np.take_along_axis(scores, own, axis=-1), atol=1e-6)
+  newest = score(hidden.newest(), own[:, -1])  # (B, K)
+  np.testing.assert_allclose(newest, np.take_along_axis(scores[:, -1], own[:, -1], axis=-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("first, count", [(0, 4), (3, 6), (10, 6), (0, ROWS)])
+def test_score_all_of_a_block_is_a_slice_of_all(first, count):
+  backbone, params, hidden, scores = scored()
+  block = jax.jit(lambda first: backbone.apply({"params": params}, hidden, first, count, method="score_all"))
+  np.testing.assert_allclose(block(jnp.int32(first)), scores[..., first:first + count], atol=1e-6)
+
+
+def test_newest_is_the_last_column_of_mean_and_covariance():
+  x = jnp.arange(24.0).reshape(2, 3, 4)
+  hidden = Hidden(mean=x, cov=x + 100).newest()
+  np.testing.assert_array_equal(hidden.mean, x[:, -1])
+  np.testing.assert_array_equal(hidden.cov, x[:, -1] + 100)
+  assert Hidden(mean=x).newest().cov is None
+
+
+@pytest.mark.parametrize("num_items, multiple, rows", [(40, 8, 48), (39, 8, 40), (12, 1, 13), (7, 8, 8), (8, 8, 16)])
+def test_table_rows_hold_padding_and_all_items_in_a_multiple(num_items, multiple, rows):
+  assert table_rows(num_items, multiple) == rows
+
+
+def test_config_reaches_the_parameters(small_config):
+  small_config.model.update({"layers": 2, "ffn_width": 12})
+  small_config.model.awr.update({"rank": 5, "order": 2, "share_heads": True, "value_projection": True})
+  backbone = build_backbone(finalize(small_config), num_items=40)
+  params = jax.tree.map(np.shape, random_params(backbone.init, INPUTS), is_leaf=lambda x: isinstance(x, np.ndarray))
+  slots = {f"order{k}_{role}": shape for k in (1, 2)
+           for role, shape in (("query", (1, 8, 5)), ("key", (1, 8, 5)), ("value", (2, 8, 8)))}
+  dense = lambda width, out: {"kernel": (width, out), "bias": (out,)}  # noqa: E731
+  norm = {"scale": (8,), "bias": (8,)}
+  block = {"attention": {"query": dense(8, 8), "key": dense(8, 8), "value": dense(8, 8), "out": dense(8, 8),
+                         "refinement": slots},
+           "feed_forward": {"in": dense(8, 12), "out": dense(12, 8)}, "norm_attention": norm, "norm_feed_forward": norm}
+  assert params == {"embedding": {"item_table": (48, 8), "position_table": (8, 8)}, "blocks_0": block,
+                    "blocks_1": block, "norm_out": norm}
+
+
+def test_parameters_counted_by_hand(small_config):
+  backbone = build_backbone(finalize(small_config), num_items=40)
+  params = random_params(backbone.init, INPUTS)
+  tables = 48 * 8 + 8 * 8  # 41 rows filled up to a multiple of 8; 8 positions
+  attention = 4 * (8 * 8 + 8) + 2 * (2 * 8 * 4)  # query, key, value, out; two slot tables, two heads, rank 4
+  feed_forward = 8 * 16 + 16 + 16 * 8 + 8
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == tables + attention + feed_forward + 3 * 2 * 8 == 1192
+
+
+def test_post_norm_has_no_last_norm():
+  assert "norm_out" not in build("none", norm="post")[1] and "norm_out" in build("none", norm="pre")[1]
+
+
+@pytest.mark.parametrize("variant", ["none", "value"])
+def test_attention_maps_are_the_weights_of_every_layer(variant):
+  backbone, params = build(variant)
+  layers = attention_maps(backbone, params, INPUTS)
+  assert [set(layer) for layer in layers] == [{"first_order", "refined"}] * 2
+  for layer, maps in enumerate(layers):
+    assert all(weights.shape == (2, 2, 5, 5) and weights.dtype == jnp.float32 for weights in maps.values())
+    assert np.array_equal(maps["first_order"], maps["refined"]) == (variant == "none")
+    for b in range(2):
+      wanted = encode_by_loops(backbone, flatten(params), INPUTS[b])[1][layer]
+      np.testing.assert_allclose(maps["refined"][b], wanted, atol=1e-5)
+
+
+def test_encode_alone_returns_no_maps():
+  backbone, params = build("value")
+  out = jax.eval_shape(lambda params: backbone.apply({"params": params}, INPUTS, method="encode"), params)
+  assert [leaf.shape for leaf in jax.tree.leaves(out)] == [(2, 5, WIDTH)]

@@ -1,0 +1,235 @@
+"""The parts of a backbone against loops in float64, and what dropout promises."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_test import attend_by_loops, mask_by_loops, scores_by_loops
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+from refine_test import HEADS, N, model_of, random_params, refine_by_loops
+
+from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention, dropout
+from awrsr_jax.model.refine import build_refinement
+
+WIDTH, FFN = 8, 6
+INPUTS = np.array([[3, 1, 4, 1, 5], [0, 0, 2, 6, 5]], np.int32)
+REAL = INPUTS > 0
+
+
+class Dropped(nn.Module):
+  """Dropout alone."""
+
+  rate: float
+
+  def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+    return dropout(self, x, self.rate, train)
+
+
+def drop(rate: float, x: jax.Array, seed: int = 0) -> np.ndarray:
+  return np.asarray(Dropped(rate).apply({}, x, rngs={"dropout": jax.random.key(seed)}))
+
+
+# Oracles of one sequence, float64; D in, O out.
+
+
+def dense_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray) -> np.ndarray:
+  kernel, bias = np.float64(params["kernel"]), np.float64(params["bias"])
+  out = np.zeros((len(x_LxD), len(bias)))
+  for i, o in np.ndindex(out.shape):
+    out[i, o] = bias[o] + sum(x_LxD[i, d] * kernel[d, o] for d in range(x_LxD.shape[1]))
+  return out
+
+
+def norm_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray) -> np.ndarray:
+  out = np.zeros(x_LxD.shape)
+  for i, row in enumerate(x_LxD):
+    mean = sum(row) / len(row)
+    variance = sum((value - mean) ** 2 for value in row) / len(row)
+    for d, value in enumerate(row):
+      out[i, d] = (value - mean) / (variance + 1e-6) ** 0.5 * params["scale"][d] + params["bias"][d]
+  return out
+
+
+def feed_forward_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray, activation: str) -> np.ndarray:
+  hidden = dense_by_loops(params["in"], x_LxD)
+  for index, x in np.ndenumerate(hidden):
+    cube = 0.79788456080 * (x + 0.044715 * x ** 3)  # sqrt(2 / pi)
+    hidden[index] = max(x, 0) if activation == "relu" else 0.5 * x * (1 + np.tanh(cube))
+  return dense_by_loops(params["out"], hidden)
+
+
+def attention_by_loops(params: Mapping[str, Any], model: Any, query_LxD: np.ndarray, x_LxD: np.ndarray,
+                       real_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (L, D) and the refined weights (H, L, L)."""
+  split = lambda x: x.reshape(len(x), model.heads, -1)  # noqa: E731
+  q, k, v = (split(dense_by_loops(params[name], x)) for name, x in (
+      ("query", query_LxD), ("key", x_LxD), ("value", x_LxD)))
+  mask = mask_by_loops(real_L)
+  weights = np.stack([refine_by_loops(model, params.get("refinement", {}), h, scores, mask)
+                      for h, scores in enumerate(scores_by_loops(q, k))])
+  return dense_by_loops(params["out"], attend_by_loops(weights, v).reshape(x_LxD.shape)), weights
+
+
+def block_by_loops(params: Mapping[str, Any], model: Any, x: np.ndarray,
+                   real_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (L, D) and the refined weights (H, L, L)."""
+  norm_1, norm_2 = (lambda x, name=name: norm_by_loops(params[name], x) for name in (
+      "norm_attention", "norm_feed_forward"))
+  attend = lambda query, x: attention_by_loops(params["attention"], model, query, x, real_L)  # noqa: E731
+  feed = lambda x: feed_forward_by_loops(params["feed_forward"], x, model.activation)  # noqa: E731
+  if model.norm == "pre":
+    out, weights = attend(norm_1(x), norm_1(x))
+    x = x + out
+    x = x + feed(norm_2(x))
+  elif model.norm == "post":
+    out, weights = attend(x, x)
+    x = norm_1(x + out)
+    x = norm_2(x + feed(x))
+  else:
+    out, weights = attend(norm_1(x), x)
+    x = norm_1(x) + out
+    x = norm_2(x) + feed(norm_2(x))
+  return x * real_L[:, None], weights
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 7])
+@pytest.mark.parametrize("rate", [1 / 256, 0.1, 0.5, 0.9])
+def test_dropout_keeps_its_rate_to_a_256th_and_the_mean(rate, width):
+  x = np.ones((2 ** 20 // width, width), np.float32)
+  out = drop(rate, x)
+  dropped = round(rate * 256) / 256
+  assert abs(dropped - rate) <= 1 / 512 and out.shape == x.shape
+  np.testing.assert_allclose(out[out != 0], 1 / (1 - dropped), rtol=1e-6)
+  error = 5 * (dropped * (1 - dropped) / x.size) ** 0.5
+  np.testing.assert_allclose(np.mean(out == 0), dropped, atol=error)
+  np.testing.assert_allclose(np.mean(out), 1, atol=error / (1 - dropped))
+
+
+def test_dropout_bytes_of_one_word_are_independent():
+  kept = drop(0.5, np.ones((2 ** 16, 8), np.float32)) > 0
+  between = np.corrcoef(kept.T) - np.eye(8)
+  assert np.max(np.abs(between)) < 5 / 2 ** 8
+
+
+@pytest.mark.parametrize("rate", [0.998, 0.9999])
+def test_dropout_near_one_stays_finite(rate):
+  out = drop(rate, np.ones((64, 64), np.float32))
+  assert np.all(np.isfinite(out)) and np.mean(out == 0) > 0.9
+
+
+def test_dropout_is_the_identity_outside_training_and_at_rate_zero():
+  x = draw(0, 3, 5)  # no key is given: none may be asked for
+  np.testing.assert_array_equal(Dropped(0.5).apply({}, x, train=False), x)
+  np.testing.assert_array_equal(Dropped(0.0).apply({}, x), x)
+
+
+def test_dropout_scales_values_and_keeps_their_type():
+  x = jnp.asarray(draw(1, 64, 6), jnp.bfloat16)
+  out = Dropped(0.25).apply({}, x, rngs={"dropout": jax.random.key(0)})
+  assert out.dtype == jnp.bfloat16
+  kept = np.asarray(out) != 0
+  np.testing.assert_allclose(np.float32(out)[kept], np.float32(x)[kept] / 0.75, rtol=0.01)
+
+
+def test_dropout_differs_between_keys_and_not_between_calls():
+  x = np.ones((64, 6), np.float32)
+  np.testing.assert_array_equal(drop(0.5, x, seed=0), drop(0.5, x, seed=0))
+  assert 0.4 < np.mean((drop(0.5, x, seed=0) > 0) != (drop(0.5, x, seed=1) > 0)) < 0.6
+
+
+@pytest.mark.parametrize("spec, width", [(("data",), 6), (("data", None, "model"), 16), ((None, "data", "model"), 24)])
+def test_dropout_does_not_depend_on_the_sharding(spec, width):
+  x = draw(2, 8, 4, width)
+  mesh = jax.make_mesh((4, 2), ("data", "model"))
+  call = jax.jit(lambda x: Dropped(0.3).apply({}, x, rngs={"dropout": jax.random.key(0)}))
+  sharded = call(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))))
+  assert len(sharded.sharding.device_set) == 8
+  np.testing.assert_array_equal(sharded, drop(0.3, x))
+
+
+@pytest.mark.parametrize("length", [5, 3])
+def test_embedding_is_scaled_items_plus_positions_from_the_end_and_zero_where_padded(length):
+  inputs = INPUTS[:, -length:]
+  embedding = Embedding(rows=8, max_length=N, width=WIDTH, dropout=0.5, dtype=jnp.float32)
+  params = random_params(lambda key, x: embedding.init(key, x, False), inputs)
+  found = embedding.apply({"params": params}, inputs, False)
+  for b, column in np.ndindex(inputs.shape):
+    item, from_end = inputs[b, column], length - column
+    wanted = params["item_table"][item] * WIDTH ** 0.5 + params["position_table"][N - from_end]
+    np.testing.assert_allclose(found[b, column], wanted * (item > 0), atol=1e-6)
+
+
+def test_embedding_drops_entries_in_training_only():
+  embedding = Embedding(rows=8, max_length=N, width=WIDTH, dropout=0.5, dtype=jnp.bfloat16)
+  params = random_params(lambda key, x: embedding.init(key, x, False), INPUTS)
+  out = np.asarray(embedding.apply({"params": params}, INPUTS, True, rngs={"dropout": jax.random.key(0)}))
+  assert out.dtype == jnp.bfloat16
+  assert 0.2 < np.mean(out[REAL] == 0) < 0.8 and not np.any(out[~REAL])
+  assert np.all(np.asarray(embedding.apply({"params": params}, INPUTS, False))[REAL] != 0)
+
+
+@pytest.mark.parametrize("variant", ["none", "value"])
+def test_self_attention_agrees_with_loops_and_takes_queries_from_the_first_input(variant):
+  model = model_of(variant)
+  attention = SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N))
+  query, x = draw(3, 2, 5, WIDTH), draw(4, 2, 5, WIDTH)
+  params = random_params(lambda key, *args: attention.init(key, *args, False), query, x, REAL, scale=0.5)
+  found = attention.apply({"params": params}, query, x, REAL, False)
+  for b in range(2):
+    wanted, _ = attention_by_loops(params, model, query[b], x[b], REAL[b])
+    np.testing.assert_allclose(found[b], wanted, atol=1e-5)
+
+
+def test_self_attention_drops_weights_and_not_values():
+  """With one real key and values of one, the output is 0 or 1 / (1 - rate) in a whole head, never a part of it."""
+  attention = SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model_of("none"), N))
+  x, one_key = draw(5, 64, 1, WIDTH), np.ones((64, 1), bool)
+  params = random_params(lambda key, *args: attention.init(key, *args, False), x, x, one_key)
+  eye, zero = np.eye(WIDTH, dtype=np.float32), np.zeros(WIDTH, np.float32)
+  params = {**params, "value": {"kernel": 0 * eye, "bias": zero + 1}, "out": {"kernel": eye, "bias": zero}}
+  out = np.asarray(attention.apply({"params": params}, x, x, one_key, True, rngs={"dropout": jax.random.key(0)}))
+  heads = out.reshape(64, HEADS, -1)
+  np.testing.assert_array_equal(heads, np.broadcast_to(heads[..., :1], heads.shape))
+  assert set(np.unique(heads)) == {0, 2} and 0.3 < np.mean(heads == 0) < 0.7
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_feed_forward_agrees_with_loops(activation):
+  feed_forward = FeedForward(FFN, activation, 0.5, jnp.float32)
+  x = draw(6, 2, 5, WIDTH)
+  params = random_params(lambda key, x: feed_forward.init(key, x, False), x)
+  found = feed_forward.apply({"params": params}, x, False)
+  for b in range(2):
+    np.testing.assert_allclose(found[b], feed_forward_by_loops(params, x[b], activation), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", "query"])
+def test_block_agrees_with_loops_and_is_zero_where_padded(norm):
+  model = model_of("value", norm=norm)
+  block = Block(SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N)),
+                FeedForward(FFN, "relu", 0.5, jnp.float32), norm)
+  x = draw(7, 2, 5, WIDTH)
+  params = random_params(lambda key, *args: block.init(key, *args, False), x, REAL, scale=0.5)
+  found = np.asarray(block.apply({"params": params}, x, REAL, False))
+  for b in range(2):
+    np.testing.assert_allclose(found[b], block_by_loops(params, model, x[b], REAL[b])[0], atol=1e-5)
+  assert not np.any(found[~REAL])
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", "query"])
+def test_block_keeps_bfloat16_and_its_parameters_float32(norm):
+  block = Block(SelfAttention(HEADS, 0.0, jnp.bfloat16, build_refinement(model_of("none"), N)),
+                FeedForward(FFN, "relu", 0.0, jnp.bfloat16), norm)
+  x = jnp.asarray(draw(8, 2, 5, WIDTH), jnp.bfloat16)
+  init = lambda key, x, real: block.init(key, x, real, False)  # noqa: E731
+  params = random_params(init, x, REAL, scale=0.5)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+  assert jax.eval_shape(lambda x: block.apply({"params": params}, x, REAL, False), x).dtype == jnp.bfloat16

@@ -1,0 +1,365 @@
+"""Checkpoints: bit-equal on any devices; every damage is noticed, named and survived; the right ones are kept."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from awrsr_jax.engine import checkpoint
+from awrsr_jax.engine import mesh as meshes
+from awrsr_jax.engine.state import NO_STEP, TrainState, Window
+
+# Orbax leaves failed reads behind, and Python tells of them when it collects them.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+IDS = {"items": checkpoint.encode_texts(["i1", "é", ""]), "titles": checkpoint.encode_texts(["", "title", ""])}
+
+
+def make(data, model):
+  return meshes.make_mesh(ml_collections.ConfigDict({"data": data, "model": model}))
+
+
+def make_state(step, mesh=None):
+  """A train state of random numbers, all of them functions of the step; on a mesh, or on one device."""
+  rng = np.random.default_rng(step)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+  params = {"embedding": {"item_table": draw(96, 32)}, "out": {"bias": draw(7), "gate": draw(1, 1)}}
+  moments = optax.ScaleByAdamState(np.int32(step), *(jax.tree.map(lambda x: draw(*x.shape), params) for _ in range(2)))
+  state = TrainState(np.int32(step), params, (moments, optax.EmptyState()), Window(*draw(4)), np.int32(NO_STEP))
+  state = jax.tree.map(np.asarray, state)
+  return jax.device_put(state, meshes.shardings(mesh or make(1, 1), state))
+
+
+def template_of(state, mesh=None):
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
+                      meshes.shardings(mesh or make(1, 1), state))
+
+
+def save(manager, step, metric=None, mesh=None):
+  checkpoint.save(manager, make_state(step, mesh), {"step": step, "best": 0.25, "config": {"seed": 0}}, IDS, metric)
+  manager.wait_until_finished()
+
+
+def assert_bit_equal(got, expected):
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A run folder with checkpoints of steps 3 and 6; copied, never changed."""
+  workdir = tmp_path_factory.mktemp("run")
+  with checkpoint.open_checkpoints(workdir) as manager:
+    save(manager, 3)
+    save(manager, 6)
+  return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+  return shutil.copytree(saved, tmp_path / "run")
+
+
+def restore(workdir, mesh=None):
+  """What a run that starts again in a folder finds."""
+  with checkpoint.open_checkpoints(workdir) as manager:
+    return checkpoint.restore_newest(manager, template_of(make_state(0), mesh))
+
+
+# --- a round trip
+
+
+def test_all_leaves_and_the_record_come_back_bit_equal(workdir):
+  state, record = restore(workdir)
+  assert_bit_equal(state, make_state(6))
+  assert (record["step"], record["best"], record["config"]) == (6, 0.25, {"seed": 0})
+  assert record["schema"] == checkpoint.SCHEMA
+
+
+def test_ids_come_back(workdir):
+  with checkpoint.open_checkpoints(workdir) as manager:
+    ids = manager.restore(6, args=checkpoint.ocp.args.Composite(ids=checkpoint.ocp.args.StandardRestore()))["ids"]
+  assert {name: checkpoint.decode_texts(texts) for name, texts in ids.items()} == {
+      "items": ["i1", "é", ""], "titles": ["", "title", ""]}
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+  assert restore(tmp_path) is None
+
+
+def test_a_state_of_one_device_opens_on_eight_and_back(tmp_path):
+  with checkpoint.open_checkpoints(tmp_path) as manager:
+    save(manager, 1, mesh=make(1, 1))
+    state, _ = checkpoint.restore_newest(manager, template_of(make_state(0), make(2, 4)))
+    assert_bit_equal(state, make_state(1))
+    for table in (state.params["embedding"]["item_table"], state.opt_state[0].mu["embedding"]["item_table"]):
+      assert {shard.data.shape for shard in table.addressable_shards} == {(24, 32)}
+      assert len(table.addressable_shards) == 8
+    assert state.params["out"]["bias"].is_fully_replicated and len(state.step.addressable_shards) == 8
+    save(manager, 2, mesh=make(2, 4))
+    state, record = checkpoint.restore_newest(manager, template_of(make_state(0)))
+  assert record["step"] == 2
+  assert_bit_equal(state, make_state(2))
+  assert all(len(leaf.addressable_shards) == 1 for leaf in jax.tree.leaves(state))
+
+
+def test_the_state_may_be_donated_right_after_saving(tmp_path):
+  state = make_state(4)
+  expected = jax.tree.map(np.array, state)
+  overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+  with checkpoint.open_checkpoints(tmp_path) as manager:
+    checkpoint.save(manager, state, {"step": 4}, IDS, None)
+    jax.block_until_ready(overwrite(state))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    manager.wait_until_finished()
+    assert_bit_equal(checkpoint.restore_newest(manager, template_of(make_state(0)))[0], expected)
+
+
+# --- damage
+
+
+def largest_file(folder):
+  return max((path for path in pathlib.Path(folder).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(part):
+  """Returns a function that flips one bit of the largest data file of a checkpoint, at a part of its length."""
+  def damage(folder):
+    path = largest_file(folder / "state")
+    data = bytearray(path.read_bytes())
+    data[int(part * len(data))] ^= 0x10
+    path.write_bytes(data)
+  return damage
+
+
+def truncate(folder):
+  path = largest_file(folder / "state")
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def delete(folder):
+  largest_file(folder / "state").unlink()
+
+
+def record_file(folder):
+  return largest_file(folder / "record")
+
+
+def write_garbage(folder):
+  record_file(folder).write_text('{"content": {"step": ')
+
+
+def change_record(folder):
+  content = json.loads(record_file(folder).read_text())
+  content["content"]["best"] = 0.75
+  record_file(folder).write_text(json.dumps(content))
+
+
+def change_checksum(folder):
+  """A record that is good in itself, but of other arrays."""
+  content = json.loads(record_file(folder).read_text())
+  content["content"]["checksums"]["params/out/bias"] += 1
+  content["sha256"] = checkpoint.hash_json(content["content"])
+  record_file(folder).write_text(json.dumps(content))
+
+
+def drop_checksum(folder):
+  content = json.loads(record_file(folder).read_text())
+  del content["content"]["checksums"]["params/out/bias"]
+  content["sha256"] = checkpoint.hash_json(content["content"])
+  record_file(folder).write_text(json.dumps(content))
+
+
+def change_schema(folder):
+  content = json.loads(record_file(folder).read_text())
+  content["content"]["schema"] += 1
+  content["sha256"] = checkpoint.hash_json(content["content"])
+  record_file(folder).write_text(json.dumps(content))
+
+
+def delete_item(name):
+  return lambda folder: shutil.rmtree(folder / name)
+
+
+DAMAGES = {
+    "flip_early": flip(0.2), "flip_middle": flip(0.5), "flip_late": flip(0.8), "truncate": truncate, "delete": delete,
+    "garbage_record": write_garbage, "changed_record": change_record, "changed_checksum": change_checksum,
+    "dropped_checksum": drop_checksum, "other_schema": change_schema,
+    "no_state": delete_item("state"), "no_record": delete_item("record"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_used(workdir, caplog, name):
+  DAMAGES[name](workdir / "checkpoints" / "6")
+  state, record = restore(workdir)
+  assert record["step"] == 3
+  assert_bit_equal(state, make_state(3))
+  assert "checkpoint 6 of" in caplog.text and "is damaged and is not used" in caplog.text
+  assert os.listdir(workdir / "checkpoints") == ["3"]
+  assert os.listdir(workdir / "checkpoints_damaged") == ["6"]
+
+
+def test_a_flipped_bit_that_is_read_without_complaint_is_found_by_the_checksum_of_its_array(tmp_path, caplog):
+  with checkpoint.open_checkpoints(tmp_path) as manager:
+    state, record = make_state(5), {"step": 5}
+    record |= {"schema": checkpoint.SCHEMA, "checksums": checkpoint.name_checksums(state)}
+    bias = np.array(state.params["out"]["bias"])
+    bias.view(np.uint32)[3] ^= 1  # the lowest bit of one number
+    state = dataclasses.replace(state, params=state.params | {"out": state.params["out"] | {"bias": bias}})
+    args = checkpoint.ocp.args
+    manager.save(5, args=args.Composite(
+        state=args.StandardSave(state), ids=args.StandardSave(IDS),
+        record=args.JsonSave({"content": record, "sha256": checkpoint.hash_json(record)})))
+    manager.wait_until_finished()
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+      checkpoint.restore_newest(manager, template_of(make_state(0)))
+  assert "checksums differ: params/out/bias" in caplog.text
+
+
+def test_a_step_that_was_damaged_can_be_saved_and_damaged_again(workdir):
+  for copies in (["6"], ["6", "6.1"]):
+    flip(0.5)(workdir / "checkpoints" / "6")
+    assert restore(workdir)[1]["step"] == 3
+    with checkpoint.open_checkpoints(workdir) as manager:
+      save(manager, 6)
+    assert sorted(os.listdir(workdir / "checkpoints_damaged")) == copies
+  state, record = restore(workdir)
+  assert record["step"] == 6
+  assert_bit_equal(state, make_state(6))
+
+
+def test_the_step_can_be_saved_again_by_the_manager_that_found_the_damage(workdir):
+  flip(0.5)(workdir / "checkpoints" / "6")
+  with checkpoint.open_checkpoints(workdir) as manager:
+    assert checkpoint.restore_newest(manager, template_of(make_state(0)))[1]["step"] == 3
+    save(manager, 6)
+    assert sorted(manager.all_steps()) == [3, 6]
+  assert restore(workdir)[1]["step"] == 6
+
+
+def test_when_all_are_damaged_the_run_says_so_and_deletes_nothing(workdir):
+  for step in (3, 6):
+    truncate(workdir / "checkpoints" / str(step))
+  with pytest.raises(ValueError, match=r"none of the checkpoints \[6, 3\] in .* can be restored"):
+    restore(workdir)
+  assert sorted(os.listdir(workdir / "checkpoints_damaged")) == ["3", "6"]
+
+
+def test_one_step_can_be_restored_by_number_and_its_damage_is_an_error(workdir):
+  flip(0.5)(workdir / "checkpoints" / "6")
+  with checkpoint.open_checkpoints(workdir) as manager:
+    template = template_of(make_state(0))
+    assert_bit_equal(checkpoint.restore_step(manager, 3, template)[0], make_state(3))
+    with pytest.raises(Exception):  # noqa: B017 (Orbax's own where a file cannot be read)
+      checkpoint.restore_step(manager, 6, template)
+
+
+def test_an_interrupted_save_is_cleaned_up_and_its_step_can_be_saved_again(workdir, monkeypatch):
+  root, temporary = workdir / "checkpoints", checkpoint.ocp.path.atomicity.AtomicRenameTemporaryPath
+
+  async def stop(*_, **__):
+    raise OSError("the process ends here")
+  for interrupted, next_step, kept in ((9, 9, ["6", "9"]), (12, 15, ["15", "9"])):
+    with checkpoint.open_checkpoints(workdir) as manager:
+      monkeypatch.setattr(temporary, "finalize", stop)
+      with pytest.raises(OSError, match="the process ends here"):
+        save(manager, interrupted)
+      monkeypatch.undo()
+    assert any(path.is_file() for path in root.glob(f"{interrupted}.orbax-checkpoint-tmp*/**/*"))
+    with checkpoint.open_checkpoints(workdir) as manager:
+      found = checkpoint.restore_newest(manager, template_of(make_state(0)))[1]["step"]
+      assert found == {9: 6, 12: 9}[interrupted]  # what is half saved is no checkpoint
+      save(manager, next_step)
+    assert sorted(os.listdir(root)) == kept
+    assert restore(workdir)[1]["step"] == next_step
+
+
+# --- which are kept
+
+
+def steps_after(workdir, metrics):
+  """Saves steps with their metrics (None: not measured), each from a newly opened manager. Returns the steps kept."""
+  for step, metric in metrics.items():
+    with checkpoint.open_checkpoints(workdir) as manager:
+      save(manager, step, metric)
+  return sorted(int(name) for name in os.listdir(workdir / "checkpoints"))
+
+
+def test_the_two_newest_and_an_older_best_are_kept(tmp_path):
+  with checkpoint.open_checkpoints(tmp_path) as manager:
+    for step, metric in {1: 0.1, 2: 0.3, 3: None, 4: 0.2, 5: None, 6: None}.items():
+      save(manager, step, metric)
+    assert sorted(manager.all_steps()) == [2, 5, 6]
+  assert steps_after(tmp_path, {7: 0.3, 8: 0.1}) == [2, 7, 8]  # reopened; of equal metrics the first is the best
+  assert steps_after(tmp_path, {9: 0.4, 10: None, 11: None, 12: 0.1}) == [9, 11, 12]
+
+
+def test_of_equal_metrics_the_first_is_the_best(tmp_path):
+  assert steps_after(tmp_path, {2: 0.0, 4: 0.0, 6: 0.0, 8: 0.0}) == [2, 6, 8]
+
+
+# --- checksums and hashes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint32])
+def test_every_single_flipped_bit_changes_the_checksum(dtype):
+  words = np.random.default_rng(0).integers(0, 2 ** 32, size=(3, 5), dtype=np.uint32)
+  words[1, :3] = 0, 0x7FC00001, 0xFFFFFFFF  # zeros, not-a-numbers
+  right = int(checkpoint.checksum_leaves(words.view(dtype)))
+  for at in range(15):
+    for bit in range(32):
+      flipped = words.copy()
+      flipped.flat[at] ^= np.uint32(1 << bit)
+      assert int(checkpoint.checksum_leaves(flipped.view(dtype))) != right
+
+
+def test_the_checksum_is_its_definition_and_knows_places():
+  words = np.random.default_rng(1).integers(0, 2 ** 32, size=(4, 3, 2), dtype=np.uint32)
+  expected = sum(int(word) * (2 * index * 0x9E3779B1 + 1) for index, word in enumerate(words.flat)) % 2 ** 32
+  assert int(checkpoint.checksum_leaves(words)) == expected
+  swapped = words.copy()
+  swapped[0, 0], swapped[3, 2] = words[3, 2], words[0, 0]
+  assert int(checkpoint.checksum_leaves(swapped)) != expected
+
+
+def test_checksums_have_names_and_do_not_depend_on_the_devices():
+  one, eight, both = (checkpoint.name_checksums(make_state(3, make(*shape))) for shape in ((1, 1), (1, 8), (2, 4)))
+  assert one == eight == both and len(set(one.values())) == len(one) - 1  # step and Adam's count are equal
+  assert {"step", "params/embedding/item_table", "opt_state/0/mu/out/bias", "window/loss"} <= one.keys()
+  assert all(type(value) is int and 0 <= value < 2 ** 32 for value in one.values())
+  assert checkpoint.name_checksums(make_state(4)) != one
+
+
+def test_the_hash_of_parameters_is_of_float32_bytes_in_the_order_of_their_paths():
+  params = {"b": {"z": jnp.float32([1, 2]), "a": jnp.float32([[3, 4], [5, 6]])}, "a": jnp.float32(7), "b2": jnp.zeros(0),
+            "a.": jnp.float32([8])}
+  order = [7, 8, 3, 4, 5, 6, 1, 2]  # a, a., b/a, b/z, b2
+  expected = hashlib.sha256(np.array(order, "<f4").tobytes()).hexdigest()
+  assert checkpoint.hash_params(params) == expected
+  split = jax.device_put(make_state(1).params, meshes.shardings(make(2, 4), make_state(1).params))
+  assert checkpoint.hash_params(split) == checkpoint.hash_params(make_state(1).params)
+
+
+def test_the_hash_of_json_knows_content_not_order():
+  a, b = {"x": 1, "y": [1, {"u": None, "v": 0.1}]}, {"y": [1, {"v": 0.1, "u": None}], "x": 1}
+  assert checkpoint.hash_json(a) == checkpoint.hash_json(b)
+  assert checkpoint.hash_json(a) != checkpoint.hash_json({"x": 1, "y": [1, {"u": None, "v": 0.2}]})
+
+
+@pytest.mark.parametrize("texts", [
+    [], [""], ["", ""], ["a"], ["Amélie (2001)", "", "千と千尋", "🎬 x", "\n", "a\0b", ""]])
+def test_texts_come_back(texts):
+  arrays = checkpoint.encode_texts(texts)
+  assert checkpoint.decode_texts(arrays) == texts
+  assert checkpoint.decode_texts(jax.tree.map(jnp.asarray, arrays)) == texts
+  assert arrays["bytes"].dtype == np.uint8 and arrays["ends"].dtype == np.int32 and arrays["bytes"].size > 0

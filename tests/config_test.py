@@ -1,0 +1,198 @@
+"""The config: every knob is checked, read by the package, and frozen once it has been checked."""
+
+import ast
+import importlib.util
+import pathlib
+import re
+
+import ml_collections
+import pytest
+
+from awrsr_jax import config as configs
+
+ROOT = pathlib.Path(__file__).parent.parent
+LEAVES = dict(configs.walk(configs.default()))
+TYPES = {key: configs.key_type(configs.default(), key) for key in LEAVES}
+OPTIONAL = {key for key, value in LEAVES.items() if value is None}
+FREE_TEXT = {"data.name", "data.path", "data.tfds.name", "data.tfds.split", "data.tfds.user", "data.tfds.item",
+             "data.tfds.time", "data.tfds.title"}
+LOCAL_NAMES = {"fields": "tfds"}  # a node of the config under another name in the package
+
+
+def changed(**values):
+  """Returns the default config with values at dotted keys ("model__width" is model.width)."""
+  config = configs.default()
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+  return config
+
+
+def set_value(key, value):
+  """Returns the default config with one value, unchecked by ml_collections."""
+  config = configs.default()
+  *parents, leaf = key.split(".")
+  node = config
+  for parent in parents:
+    node = node[parent]
+  with node.ignore_type():
+    node[leaf] = value
+  return config
+
+
+def load_config(path):
+  """Returns what get_config() of a config file gives."""
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def test_the_default_config_is_accepted_unchanged():
+  assert dict(configs.walk(configs.finalize(configs.default()))) == LEAVES
+
+
+def test_walk_lists_leaves_of_dicts_configs_and_frozen_configs_alike():
+  nested = {"b": {"d": 1, "c": None}, "a": "x"}
+  expected = [("a", "x"), ("b.c", None), ("b.d", 1)]
+  assert configs.walk(nested) == configs.walk(ml_collections.ConfigDict(nested)) == expected
+  assert configs.walk(ml_collections.FrozenConfigDict(nested)) == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_file_is_accepted(path):
+  config = load_config(path)
+  assert configs.finalize(config).to_dict() == config.to_dict()
+
+
+def test_the_named_config_files_exist():
+  names = {path.stem for path in (ROOT / "configs").glob("*.py")}
+  assert names >= {"ml1m", "ml100k", "beauty", "sports", "synthetic"}
+
+
+def test_a_finalized_config_is_frozen_and_is_a_copy():
+  config = configs.default()
+  final = configs.finalize(config)
+  with pytest.raises(AttributeError, match="immutable"):
+    final.model.width = 32
+  with pytest.raises(AttributeError, match="immutable"):
+    final.seed = 3
+  config.model.width = 32
+  assert final.model.width == 64
+
+
+def test_finalize_leaves_the_given_config_as_it_was():
+  config = configs.default()
+  configs.finalize(config)
+  config.model.width = 32
+  assert dict(configs.walk(config)) == LEAVES | {"model.width": 32}
+
+
+def test_an_unknown_key_is_refused_by_name():
+  config = configs.default()
+  config.model.widht = 3
+  with pytest.raises(ValueError, match=r"unknown keys \['model.widht'\]"):
+    configs.finalize(config)
+
+
+def test_a_missing_key_is_refused_by_name():
+  config = configs.default()
+  del config.train.beta2
+  with pytest.raises(ValueError, match=r"missing keys \['train.beta2'\]"):
+    configs.finalize(config)
+
+
+@pytest.mark.parametrize("key", sorted(configs.CHOICES))
+def test_a_name_outside_its_choices_is_refused(key):
+  with pytest.raises(ValueError, match=re.escape(f"config.{key}='nonsense' is not one of")):
+    configs.finalize(set_value(key, "nonsense"))
+
+
+@pytest.mark.parametrize("key,choice", [(key, choice) for key in sorted(configs.CHOICES)
+                                        for choice in configs.CHOICES[key]])
+def test_every_choice_is_accepted(key, choice):
+  config = set_value(key, choice)
+  if choice == "popularity":
+    config.loss.name = "sampled_softmax"
+  assert dict(configs.walk(configs.finalize(config)))[key] == choice
+
+
+@pytest.mark.parametrize("key", sorted(configs.BOUNDS))
+def test_a_value_below_its_bound_is_refused_and_the_bound_itself_is_as_stated(key):
+  low, included = configs.BOUNDS[key]
+  kind = TYPES[key]
+  below = kind(low - 1)
+  refused = [below] if included else [below, kind(low)]
+  if kind is float:
+    refused += [float("nan"), low - 1e-9]
+  for value in refused:
+    with pytest.raises(ValueError, match=re.escape(f"config.{key}={value} must be")):
+      configs.finalize(set_value(key, value))
+  accepted = kind(low) if included else low + 1e-9
+  assert dict(configs.walk(configs.finalize(set_value(key, accepted))))[key] == accepted
+
+
+def test_every_number_has_a_bound_and_every_name_its_choices():
+  numbers = {key for key in LEAVES if TYPES[key] in (int, float)}
+  texts = {key for key in LEAVES if TYPES[key] is str}
+  assert numbers - configs.BOUNDS.keys() == {"mesh.data"}  # its own rule: -1 or at least 1
+  assert texts - configs.CHOICES.keys() == FREE_TEXT
+  assert configs.BOUNDS.keys() <= numbers and configs.CHOICES.keys() <= texts
+
+
+@pytest.mark.parametrize("key", sorted(LEAVES))
+def test_a_value_of_the_wrong_type_is_refused(key):
+  wrong = {int: (2.0, "2", True), float: ("2", [1.0]), bool: (1, "yes"), str: (1, True)}[TYPES[key]]
+  for value in wrong + (() if key in OPTIONAL else (None,)):
+    with pytest.raises(ValueError, match=re.escape(f"config.{key}={value!r}")):
+      configs.finalize(set_value(key, value))
+
+
+@pytest.mark.parametrize("key", sorted(OPTIONAL))
+def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
+  assert TYPES[key] in (int, float, str)
+  value = {"model.awr.correlation": "wasserstein"}.get(key, TYPES[key](0.5) if TYPES[key] is float else 1)
+  assert dict(configs.walk(configs.finalize(set_value(key, value))))[key] == value
+
+
+@pytest.mark.parametrize("values,key", [
+    ({"model__heads": 3}, "config.model.heads=3 does not divide config.model.width=64"),
+    ({"model__heads": 128}, "config.model.heads=128 does not divide config.model.width=64"),
+    ({"model__dropout": 1.0}, "config.model.dropout=1.0 must be below 1"),
+    ({"model__attention_dropout": 1.5}, "config.model.attention_dropout=1.5 must be below 1"),
+    ({"train__beta1": 1.0}, "config.train.beta1=1.0 must be below 1"),
+    ({"train__beta2": 1.0}, "config.train.beta2=1.0 must be below 1"),
+    ({"loss__gbce_t": 1.01}, "config.loss.gbce_t=1.01"),
+    ({"loss__negatives": "popularity"}, "config.loss.negatives=popularity needs config.loss.name=sampled_softmax"),
+    ({"train__weight_decay": 0.1}, "config.train.weight_decay=0.1 needs config.train.optimizer=adamw"),
+    ({"model__refine": "additive", "model__awr__value_projection": True}, "config.model.awr.value_projection"),
+    ({"model__refine": "stochastic", "model__awr__correlation": "dot"}, "config.model.refine=stochastic"),
+    ({"mesh__data": 0}, "config.mesh.data=0"),
+    ({"mesh__data": -2}, "config.mesh.data=-2"),
+])
+def test_values_that_do_not_fit_together_are_refused(values, key):
+  with pytest.raises(ValueError, match=re.escape(key)):
+    configs.finalize(changed(**values))
+
+
+@pytest.mark.parametrize("values", [
+    {"model__heads": 64}, {"model__dropout": 0.99, "model__attention_dropout": 0.0}, {"loss__gbce_t": 1.0},
+    {"train__weight_decay": 0.1, "train__optimizer": "adamw"}, {"mesh__data": -1}, {"mesh__data": 1},
+    {"model__refine": "value", "model__awr__value_projection": True},
+    {"model__refine": "stochastic", "model__awr__correlation": "wasserstein"}, {"model__refine": "stochastic"},
+    {"loss__negatives": "popularity", "loss__name": "sampled_softmax"},
+])
+def test_values_that_fit_together_are_accepted(values):
+  final = dict(configs.walk(configs.finalize(changed(**values))))
+  assert all(final[key.replace("__", ".")] == value for key, value in values.items())
+
+
+def test_every_knob_is_read_by_the_package():
+  reads = set()
+  for path in (ROOT / "awrsr_jax").rglob("*.py"):
+    if path.name == "config.py":
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Attribute):
+        owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
+        reads.add((LOCAL_NAMES.get(owner, owner), node.attr))
+  dead = [key for key in LEAVES if tuple(f"config.{key}".split(".")[-2:]) not in reads]
+  assert not dead

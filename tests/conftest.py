@@ -1,0 +1,36 @@
+"""Process set-up for all tests: 8 simulated devices, strict shapes, a compilation cache, and small corpora."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import tiny_config
+from awrsr_jax.data.corpus import Corpus
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+if not jax.config.jax_compilation_cache_dir:
+  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir  # for tests that start processes
+
+
+@pytest.fixture
+def small_config():
+  """The config of tests/tiny_config.py."""
+  return tiny_config.get_config()
+
+
+@pytest.fixture
+def make_corpus():
+  """Returns a function: lists of item numbers, one a user -> Corpus."""
+  def make(histories: list[list[int]]) -> Corpus:
+    items = np.concatenate(histories).astype(np.int32)
+    return Corpus(items, np.cumsum([0, *map(len, histories)]), np.arange(len(histories)), np.arange(items.max() + 1), {},
+                  "made for a test", None)
+  return make

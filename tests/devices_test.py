@@ -1,0 +1,116 @@
+"""Devices change nothing: one update on 1 and on 8 devices, however batch and item table are split."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from awrsr_jax.config import default, finalize
+from awrsr_jax.engine import mesh as meshes
+from awrsr_jax.engine.state import NO_STEP, init_state
+from awrsr_jax.engine.train import train_step
+from awrsr_jax.model.backbones import build_backbone
+
+ITEMS = 29  # in a table of 32 rows
+SHAPES = ((1, 1), (8, 1), (4, 2), (1, 8))
+# Adam divides by the size of the gradient; with its usual 1e-8 it would blow rounding of a gradient of 0 up to a step.
+OPTIMIZER = optax.adam(0.01, eps=1e-3)
+
+
+def make_config(loss):
+  config = default()
+  config.data.max_length, config.model.width, config.model.heads, config.model.layers = 8, 8, 2, 1
+  config.model.ffn_width, config.model.awr.rank, config.model.table_multiple = 8, 4, 32
+  config.model.refine, config.model.dropout = "value", 0.3 if loss == "softmax" else 0.0  # one is enough, and compiles
+  config.loss.name, config.loss.num_negatives, config.train.log_every = loss, 5, 2
+  if loss == "sampled_softmax":
+    config.loss.negatives = "popularity"
+  return finalize(config)
+
+
+def make_batch():
+  """16 histories of different lengths; the last is all padding."""
+  rng = np.random.default_rng(0)
+  rows = rng.integers(1, ITEMS + 1, size=(16, 9)).astype(np.int32)
+  rows[np.arange(9) < rng.integers(0, 8, size=16)[:, None]] = 0
+  rows[-1] = 0
+  return {"inputs": np.where(rows[:, 1:] > 0, rows[:, :-1], 0), "targets": np.where(rows[:, :-1] > 0, rows[:, 1:], 0)}
+
+
+def run(config, shape, state, steps=2):
+  """Updates on a mesh. Returns (states as numpy, windows, the last state, the one before it)."""
+  mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": shape[0], "model": shape[1]}))
+  state = jax.device_put(state, meshes.shardings(mesh, state))
+  cumulative = meshes.replicate(mesh, np.cumsum(np.arange(1, ITEMS + 1), dtype=np.int32))
+  step = jax.jit(functools.partial(train_step, backbone=build_backbone(config, ITEMS), optimizer=OPTIMIZER,
+                                   config=config), donate_argnums=0)
+  states, windows = [jax.tree.map(np.array, state)], []
+  for _ in range(steps):
+    before = state
+    state, window, bad_step = step(state, meshes.to_global(mesh, make_batch()), cumulative)
+    states.append(jax.tree.map(np.array, state))
+    windows.append(jax.tree.map(float, window))
+    assert int(bad_step) == NO_STEP
+  return states, windows, state, before
+
+
+@pytest.fixture(scope="module")
+def initial():
+  """The initial state, as numpy; that it is the same on any mesh is shown in state_test."""
+  mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 1, "model": 1}))
+  return jax.tree.map(np.array, init_state(build_backbone(make_config("softmax"), ITEMS), OPTIMIZER, 0, mesh))
+
+
+@pytest.fixture(scope="module", params=["softmax", "sampled_softmax", "bce"])
+def runs(request, initial):
+  config = make_config(request.param)
+  return {shape: run(config, shape, initial) for shape in SHAPES}
+
+
+def assert_close(got, expected):
+  """Every leaf to 1e-5 of its largest entry, or to 1e-7 where all of it is rounding (gradients that are 0)."""
+  for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True):
+    scale = max(float(np.abs(b).max(initial=0)), 1e-2)
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def test_one_and_eight_devices_make_the_same_update(runs):
+  (start, first, second), windows, *_ = runs[1, 1]
+  for shape in SHAPES[1:]:
+    other_states, other_windows, *_ = runs[shape]
+    jax.tree.map(np.testing.assert_array_equal, other_states[0], start)
+    assert_close(other_states[1], first)
+    assert_close(other_states[2], second)
+    assert_close(other_windows, windows)
+
+
+def test_an_update_moves_every_parameter_and_counts_what_is_real(runs):
+  (start, first, second), windows, *_ = runs[1, 1]
+  real = (make_batch()["targets"] > 0).sum()
+  assert 0 < real < 16 * 8
+  assert [window.positions for window in windows] == [real, 2 * real] and [w.steps for w in windows] == [1, 2]
+  assert 0 < windows[1].loss - windows[0].loss < windows[0].loss * 1.5 and windows[0].grad_norm > 0
+  assert [int(state.step) for state in (start, first, second)] == [0, 1, 2]
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), start.params, second.params)
+  assert all(jax.tree.leaves(moved)), moved
+
+
+def test_the_state_stays_where_it_was(runs):
+  for shape in SHAPES:
+    *_, state, _ = runs[shape]
+    mesh = state.step.sharding.mesh
+    for (path, leaf), place in zip(jax.tree_util.tree_flatten_with_path(state)[0],
+                                   jax.tree.leaves(meshes.shardings(mesh, state)), strict=True):
+      assert leaf.sharding.is_equivalent_to(place, leaf.ndim), (shape, jax.tree_util.keystr(path), leaf.sharding)
+
+
+def test_the_old_state_is_donated(runs):
+  for shape in SHAPES:
+    *_, state, before = runs[shape]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state))), shape
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)), shape
+    assert jnp.isfinite(state.params["embedding"]["item_table"]).all()

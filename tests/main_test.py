@@ -1,0 +1,80 @@
+"""The command line: every bad input is one clear error, before the first compile."""
+
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from awrsr_jax import main
+from awrsr_jax.engine import train as train_module
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOOD_TEXT = "".join(f"{user} {' '.join(str(1 + (user + k) % 9) for k in range(5))}\n" for user in range(1, 9))
+
+
+@pytest.fixture
+def no_compile(monkeypatch):
+  """Any compilation is a failure."""
+  def refuse(*args, **kwargs):
+    raise AssertionError("compiled before the error")
+  monkeypatch.setattr(train_module, "init_state", refuse)
+  monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+
+
+def own_data(small_config, tmp_path, text: str):
+  path = tmp_path / "data.txt"
+  path.write_text(text)
+  small_config.data.name = ""
+  small_config.data.path = str(path)
+  return small_config
+
+
+@pytest.mark.parametrize("text, message", [
+    ("1 2 3 4 5\n2 3 x 4 5\n", "data.txt:2: 'x'"),
+    ("1 2 3 4 5\n2 3 0 4 5\n", "data.txt:2"),
+    ("1 2 3 4 5\n2 3 -4 4 5\n", "data.txt:2"),
+    ("1 2 3 4 5\n2\n", "data.txt:2"),  # an empty history
+    ("1 2 3 4 5\n2 3\n", "k_core=3"),  # a history of one item
+    ("", "empty"),
+])
+def test_bad_text_names_file_and_line(text, message, small_config, tmp_path, no_compile):
+  with pytest.raises(ValueError, match=message):
+    train_module.train(own_data(small_config, tmp_path, text), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_good_text_passes_the_same_checks(small_config, tmp_path, no_compile):
+  with pytest.raises(AssertionError, match="compiled before"):
+    train_module.train(own_data(small_config, tmp_path, GOOD_TEXT), tmp_path / "run")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"data.k_core": 50}, "no users left after k-core 50"),
+    ({"model.heads": 3}, "heads=3 does not divide config.model.width=8"),
+    ({"mesh.data": 64}, "mesh.data=64"),
+    ({"mesh.data": 8, "train.batch_size": 12}, "train.batch_size=12 must be a multiple of the 8"),
+    ({"eval.protocol": "uniform100"}, "uniform100"),
+    ({"data.path": "nowhere.txt"}, "nowhere.txt"),
+    ({"train.learning_rate": float("nan")}, "learning_rate"),
+])
+def test_bad_config_is_refused(change, message, small_config, tmp_path, no_compile):
+  small_config.update_from_flattened_dict(change)
+  with pytest.raises(ValueError, match=message):
+    train_module.train(small_config, tmp_path / "run")
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(small_config, tmp_path, no_compile):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match="--workdir=.*cannot be written"):
+    train_module.train(small_config, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--config=configs/synthetic.py", "--config.model.rfine=value"], "did you mean model.refine"),
+    (["--config=configs/nowhere.py"], "configs/nowhere.py: no such file"),
+])
+def test_a_misspelt_flag_is_one_line(flags, message, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(SystemExit, match=message):
+    main.parse_flags([sys.argv[0], *flags])

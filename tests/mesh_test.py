@@ -1,0 +1,74 @@
+"""The mesh: which devices, where each array lives, and how a batch gets onto them (8 simulated devices)."""
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from awrsr_jax.engine import mesh as meshes
+
+
+def make(data, model):
+  """Returns the mesh of a config with these values."""
+  return meshes.make_mesh(ml_collections.ConfigDict({"data": data, "model": model}))
+
+
+@pytest.mark.parametrize("data,model,shape", [
+    (-1, 1, (8, 1)), (-1, 2, (4, 2)), (-1, 8, (1, 8)), (2, 4, (2, 4)), (1, 1, (1, 1)), (3, 2, (3, 2)), (1, 5, (1, 5))])
+def test_a_mesh_has_the_shape_asked_for_and_takes_the_first_devices(data, model, shape):
+  mesh = make(data, model)
+  assert mesh.axis_names == ("data", "model") and mesh.devices.shape == shape
+  assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()[:np.prod(shape)]}
+
+
+@pytest.mark.parametrize("data,model", [(-1, 3), (-1, 16), (3, 3), (9, 1), (1, 9)])
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(data, model):
+  with pytest.raises(ValueError, match=rf"config.mesh.data={data} x config.mesh.model={model} does not fit 8 devices"):
+    make(data, model)
+
+
+def test_a_batch_that_does_not_split_is_an_error_that_names_the_key_and_a_size_that_does():
+  mesh = make(4, 2)
+  meshes.check_batch(mesh, train=8, eval=4)
+  with pytest.raises(ValueError, match=r"config.eval.batch_size=10 must be a multiple of the 4 devices .* take 12"):
+    meshes.check_batch(mesh, train=8, eval=10)
+  meshes.check_batch(make(1, 8), train=7)  # the model axis does not split batches
+
+
+def test_the_item_table_and_what_mirrors_it_is_split_and_nothing_else():
+  shape = jax.ShapeDtypeStruct((16, 4), np.float32)
+  params = {"embedding": {"item_table": shape, "position_table": shape}, "out": {"kernel": shape}}
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+  tree = {"params": params, "opt_state": optax.adamw(1e-3).init(zeros)}
+  mesh = make(2, 4)
+  placed = {jax.tree_util.keystr(path, simple=True, separator="/"): sharding for path, sharding in
+            jax.tree_util.tree_flatten_with_path(meshes.shardings(mesh, tree))[0]}
+  split = {name for name, sharding in placed.items() if sharding == NamedSharding(mesh, PartitionSpec("model", None))}
+  assert len(split) == 3 and all(name.endswith("embedding/item_table") for name in split)
+  assert {name.split("/item_table")[0].split("/")[-2] for name in split} == {"params", "mu", "nu"}
+  whole = {name for name, sharding in placed.items() if sharding == NamedSharding(mesh, PartitionSpec())}
+  assert split | whole == placed.keys() and any(name.endswith("count") for name in whole)
+
+
+@pytest.mark.parametrize("data,model", [(1, 1), (8, 1), (4, 2), (2, 1)])
+def test_to_global_gives_each_data_device_its_own_rows(data, model):
+  batch = {"inputs": np.arange(24, dtype=np.int32).reshape(8, 3), "mask": np.arange(8, dtype=np.float32)}
+  mesh = make(data, model)
+  placed = meshes.to_global(mesh, batch)
+  assert placed.keys() == batch.keys()
+  for name, rows in batch.items():
+    assert placed[name].shape == rows.shape and placed[name].dtype == rows.dtype
+    assert len(placed[name].addressable_shards) == data * model
+    for shard in placed[name].addressable_shards:
+      at = np.argwhere(mesh.device_ids == shard.device.id)[0][0]  # the device's place on the data axis
+      np.testing.assert_array_equal(shard.data, np.split(rows, data)[at])
+
+
+def test_replicate_puts_the_whole_on_every_device():
+  mesh = make(4, 2)
+  split = meshes.to_global(mesh, {"x": np.arange(8)})["x"]
+  whole = meshes.replicate(mesh, split)
+  assert len(whole.addressable_shards) == 8
+  assert all(np.array_equal(shard.data, np.arange(8)) for shard in whole.addressable_shards)

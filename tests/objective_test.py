@@ -1,0 +1,201 @@
+"""The objective of a batch: every loss against sums by hand, the chunked softmax, and the draws of negatives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backbones_test import ITEMS, build
+
+from awrsr_jax.config import default
+from awrsr_jax.engine import objective as module
+from awrsr_jax.engine.objective import draw_shared, draw_unseen, objective, sum_in_chunks
+from awrsr_jax.model import losses
+from awrsr_jax.model.backbones import Hidden
+
+COUNTS = np.array([5, 1, 3, 0, 2, 2, 7, 1, 1, 4, 1, 0, 6])  # training interactions of items 1 to 13
+CUMULATIVE = jnp.asarray(np.cumsum(COUNTS), jnp.int32)
+KEYS = {"dropout": jax.random.key(1), "negatives": jax.random.key(2)}
+HISTORIES = [[3, 1, 4, 13, 5, 9], [2, 6, 6, 8], []]
+NAMES = [("softmax", "uniform"), ("bce", "uniform"), ("bpr", "uniform"), ("gbce", "uniform"),
+         ("sampled_softmax", "uniform"), ("sampled_softmax", "popularity")]
+
+
+def batch_of(histories: list[list[int]], length: int) -> dict[str, jax.Array]:
+  """Returns inputs (all but the last item) and targets (all but the first), left-padded, as data/batches.py does."""
+  pad = lambda row: [0] * (length - len(row)) + row  # noqa: E731
+  return {"inputs": jnp.array([pad(row[:-1]) for row in histories], jnp.int32),
+          "targets": jnp.array([pad(row[1:]) for row in histories], jnp.int32)}
+
+
+BATCH = batch_of(HISTORIES, length=5)
+
+
+def loss_of(name: str, negatives: str = "uniform", num_negatives: int = 3) -> Any:
+  loss = default().loss
+  loss.update({"name": name, "negatives": negatives, "num_negatives": num_negatives})
+  return loss
+
+
+def softplus(x: float) -> float:
+  return np.logaddexp(0, x)
+
+
+def loss_by_hand(loss: Any, scores_V: np.ndarray, target: int, negatives: np.ndarray) -> float:
+  """Returns the loss of one position, float64; negatives are item numbers."""
+  positive, others = scores_V[target], scores_V[negatives]
+  match loss.name:
+    case "softmax":
+      return np.log(sum(np.exp(scores_V[item]) for item in range(1, ITEMS + 1))) - positive
+    case "bpr":
+      return sum(softplus(x - positive) for x in others) / len(others)
+    case "sampled_softmax":
+      chance = COUNTS / COUNTS.sum() if loss.negatives == "popularity" else np.full(ITEMS, 1 / ITEMS)
+      total = np.exp(positive)
+      for item, score in zip(negatives, others, strict=True):
+        if item != target:
+          total += np.exp(score) / (len(negatives) * chance[item - 1])
+      return np.log(total) - positive
+  alpha = len(negatives) / (ITEMS - 1)
+  beta = alpha * (loss.gbce_t * (1 - 1 / alpha) + 1 / alpha) if loss.name == "gbce" else 1
+  return beta * softplus(-positive) + sum(softplus(x) for x in others)
+
+
+@pytest.mark.parametrize("name, negatives", NAMES)
+def test_objective_is_the_sum_over_real_targets_and_their_number(name, negatives):
+  backbone, params = build("none")
+  loss = loss_of(name, negatives, 8 if name == "sampled_softmax" else 3)
+  total, count = objective(backbone, params, BATCH, CUMULATIVE, loss, KEYS)
+  hidden = np.float64(backbone.apply({"params": params}, BATCH["inputs"], method="encode").mean)
+  inputs, targets = np.asarray(BATCH["inputs"]), np.asarray(BATCH["targets"])
+  if name == "sampled_softmax":
+    shared, _ = draw_shared(KEYS["negatives"], loss, ITEMS, CUMULATIVE)
+    drawn = np.broadcast_to(np.asarray(shared), (*targets.shape, 8))
+    assert np.any((drawn == targets[..., None]) & (targets > 0)[..., None])  # a collision is part of this test
+  else:
+    drawn = np.asarray(draw_unseen(KEYS["negatives"], inputs, targets, 3, ITEMS))
+  wanted = sum(loss_by_hand(loss, params["embedding"]["item_table"] @ hidden[b, t], targets[b, t], drawn[b, t])
+               for b, t in np.argwhere(targets > 0))
+  assert count == np.sum(targets > 0) == 8 and count.dtype == total.dtype == jnp.float32
+  np.testing.assert_allclose(total, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, negatives", NAMES)
+def test_padded_targets_give_nothing_to_value_and_gradient(name, negatives):
+  backbone, params = build("none")
+  loss = loss_of(name, negatives)
+  grads = jax.grad(lambda params, batch: objective(backbone, params, batch, CUMULATIVE, loss, KEYS)[0])
+  grad = grads(params, BATCH)
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grad))
+  assert np.any(grad["embedding"]["item_table"]) and not np.any(grad["embedding"]["item_table"][0])
+  empty = {"inputs": BATCH["inputs"], "targets": jnp.zeros_like(BATCH["targets"])}
+  assert objective(backbone, params, empty, CUMULATIVE, loss, KEYS) == (0, 0)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads(params, empty)))  # NaN is true
+
+
+@pytest.mark.parametrize("name", ["softmax", "bce"])
+def test_objective_trains_with_dropout_by_its_key(name):
+  backbone, params = build("none", dropout=0.5)
+  value = lambda seed: objective(  # noqa: E731
+      backbone, params, BATCH, CUMULATIVE, loss_of(name), {**KEYS, "dropout": jax.random.key(seed)})[0]
+  assert value(0) == value(0) != value(1)
+
+
+@pytest.mark.parametrize("chunk_positions, columns", [(1, 1), (5, 2), (6, 3), (8, 4), (10, 5), (1000, 5)])
+def test_sum_in_chunks_equals_the_sum_at_once_and_never_sees_more_than_a_chunk(chunk_positions, columns, monkeypatch):
+  monkeypatch.setattr(module, "CHUNK_POSITIONS", chunk_positions)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  params, hidden = {"w": draw(4, 1), "b": draw()}, Hidden(mean=draw(2, 5, 4), cov=draw(2, 5, 4))
+  targets = jnp.array([[0, 0, 2, 3, 1], [4, 1, 1, 2, 5]])
+  seen = set()
+
+  def chunk_loss(params: Any, hidden: Hidden, targets: jax.Array) -> jax.Array:
+    seen.add(targets.shape)
+    score = jnp.tanh(hidden.mean @ params["w"] + params["b"])[..., 0] * jnp.sum(hidden.cov, axis=-1)
+    return jnp.sum(jnp.where(targets > 0, jnp.exp(score) * targets, 0))
+
+  at_once = lambda *args: jnp.log(3 * chunk_loss(*args, targets))  # noqa: E731
+  in_chunks = lambda *args: jnp.log(3 * sum_in_chunks(chunk_loss, *args, targets))  # noqa: E731
+  found = jax.value_and_grad(in_chunks, argnums=(0, 1))(params, hidden)
+  assert seen == {(2, columns)}
+  wanted = jax.value_and_grad(at_once, argnums=(0, 1))(params, hidden)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+@pytest.mark.parametrize("chunk_positions", [3, 6, 9])
+def test_chunked_softmax_equals_the_dense_one_in_value_and_gradients(chunk_positions, monkeypatch):
+  monkeypatch.setattr(module, "CHUNK_POSITIONS", chunk_positions)  # 1, 2 and 3 of 5 columns at a time
+  backbone, params = build("value")
+
+  def dense(params: Any) -> jax.Array:
+    hidden = backbone.apply({"params": params}, BATCH["inputs"], method="encode")
+    scores = backbone.apply({"params": params}, hidden, method="score_all")
+    return jnp.sum(jnp.where(BATCH["targets"] > 0, losses.softmax(scores, BATCH["targets"]), 0))
+
+  chunked = lambda params: objective(backbone, params, BATCH, CUMULATIVE, loss_of("softmax"), KEYS)[0]  # noqa: E731
+  found, wanted = jax.value_and_grad(chunked)(params), jax.value_and_grad(dense)(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
+
+
+# Rows with repeats, with both ends of the item numbers, with neighbouring numbers, padded, and without any item.
+ROWS = [[3, 1, 4, 13, 5, 9], [2, 6, 6, 8], [], [1, 2, 3, 1, 2, 3], [13, 12], [1, 13, 1, 13, 13], [7, 7]]
+
+
+def test_unseen_negatives_are_uniform_over_the_items_that_the_row_does_not_contain():
+  batch, draws = batch_of(ROWS, length=5), 4000
+  found = np.asarray(draw_unseen(jax.random.key(0), batch["inputs"], batch["targets"], draws, ITEMS))
+  assert found.shape == (len(ROWS), 5, draws) and found.dtype == np.int32
+  for row, negatives in zip(ROWS, found, strict=True):
+    unseen = [item for item in range(1, ITEMS + 1) if item not in row]
+    assert set(np.unique(negatives)) == set(unseen)
+    for items in (negatives, negatives[0], negatives[-1]):  # the whole row, and positions by themselves
+      share = np.bincount(items.ravel(), minlength=ITEMS + 1)[unseen] / items.size
+      chance = 1 / len(unseen)
+      np.testing.assert_allclose(share, chance, atol=5 * (chance * (1 - chance) / items.size) ** 0.5)
+
+
+def test_unseen_negatives_of_positions_and_keys_differ():
+  batch = batch_of(ROWS, length=5)
+  draw = lambda seed: np.asarray(draw_unseen(  # noqa: E731
+      jax.random.key(seed), batch["inputs"], batch["targets"], 50, ITEMS))
+  found = draw(0)
+  np.testing.assert_array_equal(found, draw(0))
+  assert np.mean(found == draw(1)) < 0.3 and np.mean(found[:, 0] == found[:, 1]) < 0.3
+  assert np.mean(found[:, :, 0] == found[:, :, 1]) < 0.3
+
+
+def test_a_row_that_leaves_one_item_gets_that_item():
+  batch = batch_of([[1, 2, 4, 5], [5, 4, 3, 2], [1, 2, 3, 4]], length=6)
+  found = draw_unseen(jax.random.key(0), batch["inputs"], batch["targets"], 20, 5)
+  np.testing.assert_array_equal(found, np.broadcast_to(np.array([3, 1, 5])[:, None, None], (3, 6, 20)))
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "popularity"])
+def test_shared_negatives_come_as_often_as_they_say(negatives):
+  draws = 40000
+  items, log_expected = draw_shared(jax.random.key(0), loss_of("sampled_softmax", negatives, draws), ITEMS, CUMULATIVE)
+  chance = COUNTS / COUNTS.sum() if negatives == "popularity" else np.full(ITEMS, 1 / ITEMS)
+  assert items.shape == log_expected.shape == (draws,) and items.dtype == jnp.int32
+  np.testing.assert_allclose(log_expected, np.log(draws * chance[np.asarray(items) - 1]), rtol=1e-6)
+  share = np.bincount(np.asarray(items), minlength=ITEMS + 1) / draws
+  assert len(share) == ITEMS + 1 and np.all(share[1:][chance == 0] == 0) and share[0] == 0
+  np.testing.assert_allclose(share[1:], chance, atol=5 * 0.5 / draws ** 0.5)
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "popularity"])
+def test_the_sum_inside_sampled_softmax_is_unbiased(negatives):
+  counts, target = np.array([5, 1, 3, 8, 2, 1]), 3  # every item has a chance
+  scores = np.concatenate([[-np.inf], np.random.default_rng(3).normal(size=6)]).astype(np.float32)
+  loss = loss_of("sampled_softmax", negatives, num_negatives=4)
+
+  def estimate(key: jax.Array) -> jax.Array:
+    items, log_expected = draw_shared(key, loss, 6, jnp.asarray(np.cumsum(counts), jnp.int32))
+    value = losses.sampled_softmax(scores[target], jnp.asarray(scores)[items], log_expected, items == target)
+    return jnp.exp(value + scores[target])
+
+  estimates = np.float64(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(4), 20000)))
+  truth = np.sum(np.exp(np.float64(scores)))
+  assert np.std(estimates) > 0.1 * truth  # the draws matter
+  np.testing.assert_allclose(np.mean(estimates), truth, atol=5 * np.std(estimates) / 20000 ** 0.5)

@@ -1,0 +1,121 @@
+"""One step and whole runs: the run folder, early stopping, non-finite losses, learning."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from awrsr_jax.engine import mesh as meshes
+from awrsr_jax.engine import ranking
+from awrsr_jax.engine.state import init_state
+from awrsr_jax.engine.train import make_job, train
+
+
+def read_lines(workdir) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run that learns: 40 epochs on the tiny synthetic corpus."""
+  import tiny_config
+  config = tiny_config.get_config()
+  config.train.epochs = 40
+  config.train.learning_rate = 0.01
+  workdir = tmp_path_factory.mktemp("finished")
+  return train(config, workdir), workdir
+
+
+def test_run_folder_holds_what_the_house_promises(finished):
+  result, workdir = finished
+  assert json.loads((workdir / "result.json").read_text()) == result
+  keys = {"hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr"}
+  assert result["test"].keys() == result["valid"].keys() == result["oracle"].keys() == keys
+  assert json.loads((workdir / "config.json").read_text())["train"]["learning_rate"] == 0.01
+  assert json.loads((workdir / "corpus.json").read_text())["users"] == 60
+  assert list((workdir / "tensorboard").iterdir()) and list((workdir / "checkpoints").iterdir())
+  for line in read_lines(workdir):
+    expected = {"loss", "grad_norm", "learning_rate", "interactions_per_sec"} if line["split"] == "train" else keys
+    assert line.keys() == expected | {"step", "epoch", "split"}
+
+
+def test_training_lowers_the_loss_and_the_oracle_stays_ahead(finished):
+  result, workdir = finished
+  losses = [line["loss"] for line in read_lines(workdir) if line["split"] == "train"]
+  assert losses[-1] < 0.75 * losses[0]
+  assert result["valid"]["ndcg@10"] > 0.25  # chance is about 0.11
+  assert result["oracle"]["ndcg@10"] > result["test"]["ndcg@10"]
+
+
+def test_result_is_of_the_best_checkpoint(finished):
+  result, workdir = finished
+  valid = {line["step"]: line["ndcg@10"] for line in read_lines(workdir) if line["split"] == "valid"}
+  assert result["best_step"] == max(valid, key=lambda step: (valid[step], -step))
+  assert result["valid"]["ndcg@10"] == valid[result["best_step"]]
+
+
+def test_patience_stops_the_run(small_config, tmp_path):
+  small_config.train.epochs = 200
+  small_config.train.patience = 2
+  small_config.train.learning_rate = 1e-12  # nothing ever gets better
+  result = train(small_config, tmp_path)
+  assert result["steps"] == 3 * 4 and result["best_step"] == 4
+  assert train(small_config, tmp_path) == result  # and it stays stopped
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(small_config, tmp_path):
+  small_config.train.epochs = 3
+  first = train(small_config, tmp_path)
+  small_config.train.epochs = 30
+  small_config.train.learning_rate = 1e30
+  small_config.train.beta1 = 0.0
+  (tmp_path / "config.json").unlink()  # the same run folder under a config that blows up
+  with pytest.raises(FloatingPointError, match=r"not finite at step 1[3-9] .*learning_rate"):
+    train(small_config, tmp_path)
+  small_config.train.epochs = 3
+  small_config.train.learning_rate = 1e-3
+  small_config.train.beta1 = 0.9
+  (tmp_path / "config.json").unlink()
+  (tmp_path / "result.json").unlink()
+  assert train(small_config, tmp_path)["params_sha256"] == first["params_sha256"]
+
+
+@pytest.mark.parametrize("name", ["softmax", "sampled_softmax", "bce", "bpr", "gbce"])
+def test_every_loss_takes_a_step_downhill(name, small_config):
+  small_config.loss.name = name
+  small_config.loss.num_negatives = 8
+  small_config.train.learning_rate = 0.02
+  small_config.model.dropout = 0.0
+  job = make_job(small_config)
+  state = init_state(job.backbone, job.optimizer, 0, job.mesh)
+  batch = meshes.to_global(job.mesh, job.batches[0])
+  popularity = meshes.replicate(job.mesh, np.arange(1, job.corpus.num_items + 1, dtype=np.int32))
+  losses = []
+  for _ in range(12):
+    state, window, _ = job.train_step(state, batch, popularity)
+    losses.append(float(window.loss))
+  steps = np.diff([0, *losses[:3]])  # a window of log_every=3 steps
+  assert losses[0] == steps[0] and losses[3] < losses[0]
+  assert losses[9] < 0.98 * losses[0]
+
+
+def test_the_window_restarts_after_a_line(small_config):
+  job = make_job(small_config)
+  state = init_state(job.backbone, job.optimizer, 0, job.mesh)
+  popularity = meshes.replicate(job.mesh, np.arange(1, job.corpus.num_items + 1, dtype=np.int32))
+  counts = []
+  for step in range(5):
+    state, window, _ = job.train_step(state, meshes.to_global(job.mesh, job.batches[step]), popularity)
+    counts.append(int(window.steps))
+  assert counts == [1, 2, 3, 1, 2]
+
+
+def test_a_lower_bound_on_quality_comes_from_the_ranking_itself(small_config):
+  """Before training, ranks are about uniform: the mean rank is near the middle."""
+  job = make_job(small_config)
+  state = init_state(job.backbone, job.optimizer, 0, job.mesh)
+  ranks = ranking.rank_users(job.rank_step, state.params, job.ranking["test"], job.mesh)
+  assert len(ranks) == 60 and 0.25 * 40 < jnp.mean(ranks) < 0.75 * 40
+  assert jax.tree.leaves(state.params)[0].dtype == jnp.float32
