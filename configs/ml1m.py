@@ -17,5 +17,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "ml-1m"
   config.data.k_core = 5  # the raw file holds rarer movies; the published sequences are its 5-core
   config.data.max_length = 200
+  config.data.buckets = 6
   config.model.dropout = 0.2
+  config.loss.name = "sampled_softmax"
+  config.loss.num_negatives = 1024
+  config.train.epochs = 40
+  config.train.batch_size = 64
+  config.train.schedule = "cosine"
+  config.eval.every_epochs = 4
   return config

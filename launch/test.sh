@@ -15,7 +15,7 @@ Paths count from the top level, whatever the current directory.
   bash launch/test.sh -h                    the flags of pytest
 
 PYTHON=/path/to/python3 names the Python (3.11 or newer) that makes .venv; remove .venv to change it.
-JAX_COMPILATION_CACHE_DIR is where compiled programs are kept for the next run (default: .venv/jax_cache).
+JAX_COMPILATION_CACHE_DIR is where compiled programs are kept for the next run (default: .jax_cache).
 END
   exit
 fi
@@ -23,5 +23,4 @@ fi
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/jax_cache}
 exec .venv/bin/python -m pytest -q "$@"

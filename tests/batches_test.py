@@ -152,6 +152,14 @@ def test_every_row_comes_once_an_epoch_shifted_by_one_in_its_own_bucket_or_a_lat
     assert not_full == (len(expected) % batch_size > 0)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_targets_per_step_is_the_mean_over_an_epoch_of_the_global_batch(corpus, processes):
+  whole = data_batches.training_batches(corpus, make_config(data__long_history="windows"))
+  part = data_batches.training_batches(corpus, make_config(data__long_history="windows"), 0, processes)
+  counts = [(whole[step]["targets"] > 0).sum() for step in range(whole.steps_per_epoch)]
+  assert part.targets_per_step == pytest.approx(np.mean(counts), rel=1e-12) and len(set(counts)) > 1
+
+
 def test_bucketing_loses_nothing(corpus):
   def rows_of(buckets):
     batches = data_batches.training_batches(corpus, make_config(data__buckets=buckets))

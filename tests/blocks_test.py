@@ -16,7 +16,7 @@ from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention,
 from awrsr_jax.model.refine import build_refinement
 
 WIDTH, FFN = 8, 6
-INPUTS = np.array([[3, 1, 4, 1, 5], [0, 0, 2, 6, 5]], np.int32)
+INPUTS = np.array([[3, 1, 4, 1, 5], [0, 0, 2, 6, 5], [0, 0, 0, 0, 0]], np.int32)
 REAL = INPUTS > 0
 
 
@@ -180,10 +180,10 @@ def test_embedding_drops_entries_in_training_only():
 def test_self_attention_agrees_with_loops_and_takes_queries_from_the_first_input(variant):
   model = model_of(variant)
   attention = SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N))
-  query, x = draw(3, 2, 5, WIDTH), draw(4, 2, 5, WIDTH)
+  query, x = draw(3, 3, 5, WIDTH), draw(4, 3, 5, WIDTH)
   params = random_params(lambda key, *args: attention.init(key, *args, False), query, x, REAL, scale=0.5)
   found = attention.apply({"params": params}, query, x, REAL, False)
-  for b in range(2):
+  for b in range(3):
     wanted, _ = attention_by_loops(params, model, query[b], x[b], REAL[b])
     np.testing.assert_allclose(found[b], wanted, atol=1e-5)
 
@@ -204,10 +204,10 @@ def test_self_attention_drops_weights_and_not_values():
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_feed_forward_agrees_with_loops(activation):
   feed_forward = FeedForward(FFN, activation, 0.5, jnp.float32)
-  x = draw(6, 2, 5, WIDTH)
+  x = draw(6, 3, 5, WIDTH)
   params = random_params(lambda key, x: feed_forward.init(key, x, False), x)
   found = feed_forward.apply({"params": params}, x, False)
-  for b in range(2):
+  for b in range(3):
     np.testing.assert_allclose(found[b], feed_forward_by_loops(params, x[b], activation), atol=1e-5)
 
 
@@ -216,10 +216,10 @@ def test_block_agrees_with_loops_and_is_zero_where_padded(norm):
   model = model_of("value", norm=norm)
   block = Block(SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N)),
                 FeedForward(FFN, "relu", 0.5, jnp.float32), norm)
-  x = draw(7, 2, 5, WIDTH)
+  x = draw(7, 3, 5, WIDTH)
   params = random_params(lambda key, *args: block.init(key, *args, False), x, REAL, scale=0.5)
   found = np.asarray(block.apply({"params": params}, x, REAL, False))
-  for b in range(2):
+  for b in range(3):
     np.testing.assert_allclose(found[b], block_by_loops(params, model, x[b], REAL[b])[0], atol=1e-5)
   assert not np.any(found[~REAL])
 
@@ -228,7 +228,7 @@ def test_block_agrees_with_loops_and_is_zero_where_padded(norm):
 def test_block_keeps_bfloat16_and_its_parameters_float32(norm):
   block = Block(SelfAttention(HEADS, 0.0, jnp.bfloat16, build_refinement(model_of("none"), N)),
                 FeedForward(FFN, "relu", 0.0, jnp.bfloat16), norm)
-  x = jnp.asarray(draw(8, 2, 5, WIDTH), jnp.bfloat16)
+  x = jnp.asarray(draw(8, 3, 5, WIDTH), jnp.bfloat16)
   init = lambda key, x, real: block.init(key, x, real, False)  # noqa: E731
   params = random_params(init, x, REAL, scale=0.5)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}

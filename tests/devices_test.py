@@ -18,7 +18,8 @@ from awrsr_jax.model.backbones import build_backbone
 ITEMS = 29  # in a table of 32 rows
 SHAPES = ((1, 1), (8, 1), (4, 2), (1, 8))
 # Adam divides by the size of the gradient; with its usual 1e-8 it would blow rounding of a gradient of 0 up to a step.
-OPTIMIZER = optax.adam(0.01, eps=1e-3)
+OPTIMIZER = optax.adam(0.1, eps=0.1)
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def make_config(loss):
@@ -47,7 +48,8 @@ def run(config, shape, state, steps=2):
   state = jax.device_put(state, meshes.shardings(mesh, state))
   cumulative = meshes.replicate(mesh, np.cumsum(np.arange(1, ITEMS + 1), dtype=np.int32))
   step = jax.jit(functools.partial(train_step, backbone=build_backbone(config, ITEMS), optimizer=OPTIMIZER,
-                                   config=config), donate_argnums=0)
+                                   config=config, targets_per_step=60.0), donate_argnums=0,
+                 compiler_options=FAST_COMPILE)
   states, windows = [jax.tree.map(np.array, state)], []
   for _ in range(steps):
     before = state
@@ -72,10 +74,10 @@ def runs(request, initial):
 
 
 def assert_close(got, expected):
-  """Every leaf to 1e-5 of its largest entry, or to 1e-7 where all of it is rounding (gradients that are 0)."""
+  """Every leaf to 3e-5 of its largest entry, or to 3e-8 where all of it is rounding (gradients that are 0)."""
   for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True):
-    scale = max(float(np.abs(b).max(initial=0)), 1e-2)
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
+    scale = max(float(np.abs(b).max(initial=0)), 1e-3)
+    np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
 def test_one_and_eight_devices_make_the_same_update(runs):
@@ -95,8 +97,10 @@ def test_an_update_moves_every_parameter_and_counts_what_is_real(runs):
   assert [window.positions for window in windows] == [real, 2 * real] and [w.steps for w in windows] == [1, 2]
   assert 0 < windows[1].loss - windows[0].loss < windows[0].loss * 1.5 and windows[0].grad_norm > 0
   assert [int(state.step) for state in (start, first, second)] == [0, 1, 2]
-  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), start.params, second.params)
-  assert all(jax.tree.leaves(moved)), moved
+  moved = {jax.tree_util.keystr(path): np.abs(a - b).max() for (path, a), b in zip(
+      jax.tree_util.tree_flatten_with_path(start.params)[0], jax.tree.leaves(second.params), strict=True)}
+  del moved["['blocks_0']['attention']['key']['bias']"]  # softmax ignores it: its gradient is rounding
+  assert min(moved.values()) > 1e-4, moved
 
 
 def test_the_state_stays_where_it_was(runs):

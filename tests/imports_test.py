@@ -58,15 +58,21 @@ def test_a_file_imports_only_from_files_above_it(module):
 def test_packages_import_nothing():
   for name, path in FILES.items():
     if name.endswith("__init__"):
-      assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+      nodes = ast.walk(ast.parse(path.read_text()))
+      assert not [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 @pytest.mark.parametrize("source,expected", [
-    ("import jax", []), ("import awrsr_jax.config as c", ["config"]), ("from awrsr_jax import config", ["config"]),
-    ("from awrsr_jax.config import walk", ["config"]), ("from awrsr_jax.engine import mesh, state",
-                                                        ["engine.mesh", "engine.state"]),
-    ("def f():\n  from awrsr_jax.data.text import Interactions", ["data.text"]), ("from .mesh import make", ["engine.mesh"]),
-    ("from . import mesh", ["engine.mesh"]), ("from ..model import losses", ["model.losses"]), ("import awrsr_jax", [""]),
+    ("import jax", []),
+    ("import awrsr_jax", [""]),
+    ("import awrsr_jax.config as c", ["config"]),
+    ("from awrsr_jax import config", ["config"]),
+    ("from awrsr_jax.config import walk", ["config"]),
+    ("from awrsr_jax.engine import mesh, state", ["engine.mesh", "engine.state"]),
+    ("def f():\n  from awrsr_jax.data.text import Interactions", ["data.text"]),
+    ("from .mesh import make_mesh", ["engine.mesh"]),
+    ("from . import mesh", ["engine.mesh"]),
+    ("from ..model import losses", ["model.losses"]),
 ])
 def test_the_walk_sees_every_form_of_import(source, expected):
   assert imported(source, "engine.state") == expected

@@ -163,21 +163,21 @@ def test_refinement_agrees_with_loops(variant, order, length):
 
 @pytest.mark.parametrize("variant, order", CASES)
 def test_rows_sum_to_one_and_are_exactly_zero_outside_the_mask(variant, order):
-  scores, mask = draw_scores(1, 4, 5), mask_of(0, 2, 4, 5, length=5)
+  scores, mask = draw_scores(1, 3, 5), mask_of(0, 2, 5, length=5)
   weights = np.asarray(refine(variant, order, scores, mask))
   assert np.all(weights[~np.broadcast_to(mask, weights.shape)] == 0)
   if variant != "value_projection":  # its rows go through a free matrix
-    np.testing.assert_allclose(weights.sum(axis=-1), np.broadcast_to(mask.any(axis=-1), (4, HEADS, 5)), atol=1e-6)
+    np.testing.assert_allclose(weights.sum(axis=-1), np.broadcast_to(mask.any(axis=-1), (3, HEADS, 5)), atol=1e-6)
     assert weights.min() >= 0
 
 
 @pytest.mark.parametrize("variant, order", CASES)
 def test_more_left_padding_and_what_it_holds_change_no_weight(variant, order):
-  short = refine(variant, order, draw_scores(2, 2, 4), mask_of(0, 1, length=4))
+  short = refine(variant, order, draw_scores(2, 3, 4), mask_of(0, 1, 4, length=4))
   for length in (5, N):
-    scores = draw_scores(3, 2, length) * 1e3
-    scores[:, :, -4:, -4:] = draw_scores(2, 2, 4)
-    long = refine(variant, order, scores, mask_of(length - 4, length - 3, length=length))
+    scores = draw_scores(3, 3, length) * 1e3
+    scores[:, :, -4:, -4:] = draw_scores(2, 3, 4)
+    long = refine(variant, order, scores, mask_of(length - 4, length - 3, length, length=length))
     np.testing.assert_allclose(long[:, :, -4:, -4:], short, atol=1e-6)
 
 
@@ -217,10 +217,10 @@ def test_none_is_bit_identical_to_plain_softmax_and_has_no_parameters():
 @pytest.mark.parametrize("variant, order", [("simple", 1), ("simple", 2), ("value", 1)])
 def test_zero_slot_tables_make_causal_means(variant, order):
   refinement, params = build(variant, order)
-  scores, mask = draw_scores(8, 2, 5), mask_of(0, 2, length=5)
+  scores, mask = draw_scores(8, 3, 5), mask_of(0, 2, 4, length=5)
   found = refinement.apply({"params": jax.tree.map(np.zeros_like, params)}, scores, mask)
   first_order = np.asarray(masked_softmax(scores, mask), np.float64)
-  for b, padded in enumerate((0, 2)):
+  for b, padded in enumerate((0, 2, 4)):
     for i in range(padded, 5):
       visible = np.arange(padded, i + 1)
       for h in range(HEADS):
@@ -232,7 +232,7 @@ def test_zero_slot_tables_make_causal_means(variant, order):
 @pytest.mark.parametrize("bias, same_as", [(-100.0, "first order"), (100.0, "simple")])
 def test_gate_goes_from_first_order_to_simple(bias, same_as):
   refinement, params = build("additive_on_weights", 1)
-  scores, mask = draw_scores(9, 2, 5), mask_of(0, 2, length=5)
+  scores, mask = draw_scores(9, 3, 5), mask_of(0, 2, 4, length=5)
   gated = refinement.apply({"params": {**params, "order1_gate": np.full_like(params["order1_gate"], bias)}}, scores, mask)
   tables = {name: table for name, table in params.items() if name != "order1_gate"}
   ends = {"first order": masked_softmax(scores, mask),
@@ -254,7 +254,7 @@ def test_initial_values_are_half_open_gates_identity_projections_and_xavier_tabl
 
 def test_maps_sown_are_the_first_order_and_the_refined_weights():
   refinement, params = build("value", 2)
-  scores, mask = draw_scores(10, 2, 5), mask_of(0, 2, length=5)
+  scores, mask = draw_scores(10, 3, 5), mask_of(0, 2, 4, length=5)
   weights, sown = refinement.apply({"params": params}, scores, mask, mutable=["intermediates"])
   np.testing.assert_array_equal(sown["intermediates"]["first_order"][0], masked_softmax(scores, mask))
   np.testing.assert_array_equal(sown["intermediates"]["refined"][0], weights)

@@ -23,12 +23,12 @@ from awrsr_jax.engine.state import TrainState
 LOG = logging.getLogger(__name__)
 SCHEMA = 1
 KEPT_LATEST = 2
+NOT_EVALUATED = -1.0  # below any metric
 
 
 def open_checkpoints(workdir: str | os.PathLike[str]) -> ocp.CheckpointManager:
   """Opens the checkpoints of a run folder; leftovers of an interrupted save are removed."""
-  best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["rank"], n=1,
-                                   keep_checkpoints_without_metrics=False)
+  best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["rank"], n=1)
   options = ocp.CheckpointManagerOptions(
       preservation_policy=preservation_policy.AnyPreservationPolicy(
           [preservation_policy.LatestN(KEPT_LATEST), best]),
@@ -61,7 +61,7 @@ def name_checksums(tree: Any) -> dict[str, int]:
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any], ids: dict[str, np.ndarray],
-         metric: float | None) -> None:
+         metric: float) -> None:
   """Starts saving a bundle in the background.
 
   Args:
@@ -69,7 +69,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
     state: taken over at once: the caller may donate it right after.
     record: JSON, with "step".
     ids: from encode_ids.
-    metric: validation NDCG@10 of this step, if it was just measured.
+    metric: validation NDCG@10 of this step; NOT_EVALUATED if it was not measured.
   """
   step = record["step"]
   record = record | {"schema": SCHEMA, "checksums": name_checksums(state)}
@@ -78,7 +78,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), ids=ocp.args.StandardSave(ids),
                               record=ocp.args.JsonSave({"content": record, "sha256": hash_json(record)})),
       # of equal values the first is the best, as in early stopping
-      metrics=None if metric is None else {"rank": [metric, -step]},
+      metrics={"rank": [metric, -step]},
       force=True)
 
 

@@ -25,7 +25,7 @@ from awrsr_jax.data import corpus as data_corpus
 from awrsr_jax.engine import checkpoint, ranking, run_folder
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.objective import objective
-from awrsr_jax.engine.state import (NO_STEP, TrainState, Window, empty_window, init_state, make_key, make_optimizer,
+from awrsr_jax.engine.state import (NO_STEP, TrainState, Window, init_state, make_key, make_optimizer,
                                     make_schedule)
 from awrsr_jax.model.backbones import build_backbone
 
@@ -165,7 +165,7 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
     LOG.info("%d users, %d items, %d interactions; %d parameters; %d steps of %d epochs, lengths %s",
                  job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
                  job.config.train.epochs, job.batches.buckets)
-    return init(), {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "seconds": 0.0}
+    return init(), {"step": 0, "best": checkpoint.NOT_EVALUATED, "best_step": 0, "worse": 0, "seconds": 0.0}
   LOG.info("resumed at step %d of %d", found[1]["step"], job.total_steps)
   return found
 
@@ -190,14 +190,16 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
     if not (evaluated or step % config.checkpoint.every_steps == 0):
       continue
     line.flush()
+    metric = checkpoint.NOT_EVALUATED
     if evaluated:
       metrics = ranking.summarize(ranking.rank_users(job.rank_step, state.params, job.ranking["valid"], job.mesh))
+      metric = metrics[CHOSEN_BY]
       writer.write(step, job.epoch(step), "valid", metrics)
-      record = note_evaluation(record, step, metrics[CHOSEN_BY])
+      record = note_evaluation(record, step, metric)
       line.restart_clock()
     writer.sync()
     record = record | constants | {"step": step, "seconds": seconds + time.monotonic() - began}
-    checkpoint.save(manager, state, record, ids, metrics[CHOSEN_BY] if evaluated else None)
+    checkpoint.save(manager, state, record, ids, metric)
   manager.wait_until_finished()
   writer.close()
   return state, record | {"seconds": seconds}
@@ -287,6 +289,3 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
   if job.corpus.oracle is not None:
     result["oracle"] = ranking.summarize(ranking.rank_oracle(job.ranking["test"]))
   return result
-
-
-__all__ = ["Job", "make_job", "train", "train_step", "empty_window"]
