@@ -130,6 +130,17 @@ def test_a_value_below_its_bound_is_refused_and_the_bound_itself_is_as_stated(ke
   assert dict(configs.walk(configs.finalize(set_value(key, accepted))))[key] == accepted
 
 
+@pytest.mark.parametrize("key", sorted(configs.BOUNDS))
+def test_zero_is_refused_where_something_is_counted_or_divided_by_it(key):
+  zero = set_value(key, TYPES[key](0))
+  if key in {"seed", "data.k_core", "data.synthetic.seed", "model.dropout", "model.attention_dropout", "loss.gbce_t",
+             "train.weight_decay", "train.warmup_steps", "train.beta1", "train.beta2"}:
+    assert dict(configs.walk(configs.finalize(zero)))[key] == 0
+  else:
+    with pytest.raises(ValueError, match=re.escape(f"config.{key}=0")):
+      configs.finalize(zero)
+
+
 def test_every_number_has_a_bound_and_every_name_its_choices():
   numbers = {key for key in LEAVES if TYPES[key] in (int, float)}
   texts = {key for key in LEAVES if TYPES[key] is str}

@@ -1,6 +1,7 @@
 """Devices change nothing: one update on 1 and on 8 devices, however batch and item table are split."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from awrsr_jax.config import default, finalize
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import NO_STEP, init_state
-from awrsr_jax.engine.train import train_step
+from awrsr_jax.engine.train import make_job, train_step
 from awrsr_jax.model.backbones import build_backbone
 
 ITEMS = 29  # in a table of 32 rows
@@ -118,3 +119,11 @@ def test_the_old_state_is_donated(runs):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state))), shape
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)), shape
     assert jnp.isfinite(state.params["embedding"]["item_table"]).all()
+
+
+def test_the_step_of_a_job_donates_the_whole_state(small_config):
+  job = make_job(small_config)
+  state = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
+  cumulative = jax.ShapeDtypeStruct((job.corpus.num_items,), np.int32)
+  text = job.train_step.lower(state, job.batches[0], cumulative).as_text()
+  assert len(re.findall(r"tf.aliasing_output|jax.buffer_donor", text)) == len(jax.tree.leaves(state))

@@ -36,7 +36,7 @@ def own_data(small_config, tmp_path, text: str):
     ("1 2 3 4 5\n2 3 -4 4 5\n", "data.txt:2"),
     ("1 2 3 4 5\n2\n", "data.txt:2"),  # an empty history
     ("1 2 3 4 5\n2 3\n", "k_core=3"),  # a history of one item
-    ("", "empty"),
+    ("", "no lines"),
 ])
 def test_bad_text_names_file_and_line(text, message, small_config, tmp_path, no_compile):
   with pytest.raises(ValueError, match=message):

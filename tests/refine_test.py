@@ -233,7 +233,8 @@ def test_zero_slot_tables_make_causal_means(variant, order):
 def test_gate_goes_from_first_order_to_simple(bias, same_as):
   refinement, params = build("additive_on_weights", 1)
   scores, mask = draw_scores(9, 3, 5), mask_of(0, 2, 4, length=5)
-  gated = refinement.apply({"params": {**params, "order1_gate": np.full_like(params["order1_gate"], bias)}}, scores, mask)
+  gate = np.full_like(params["order1_gate"], bias)
+  gated = refinement.apply({"params": {**params, "order1_gate": gate}}, scores, mask)
   tables = {name: table for name, table in params.items() if name != "order1_gate"}
   ends = {"first order": masked_softmax(scores, mask),
           "simple": build("simple", 1)[0].apply({"params": tables}, scores, mask)}

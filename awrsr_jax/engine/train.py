@@ -58,7 +58,7 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], cumulative: jax.A
     return total / targets_per_step, (total, positions)
 
   grads, (total, positions) = jax.grad(scaled_loss, has_aux=True)(state.params)
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   fresh = state.step % config.train.log_every == 0  # the last step wrote a line
   window = jax.tree.map(lambda old, new: jnp.where(fresh, 0, old) + new, state.window,
