@@ -51,7 +51,8 @@ def main(workdir: str) -> None:
   lines = "".join(f'<text x="{middle}" y="{40 + SIDE / 2 - 40 + 26 * k}" text-anchor="middle">{step}</text>'
                   for k, step in enumerate(steps))
   svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + SIDE + 20} {SIDE + 76}" '
-         'font-family="sans-serif" font-size="14" role="img"><title>Attention weights before and after refinement</title>'
+         'font-family="sans-serif" font-size="14" role="img">'
+         '<title>Attention weights before and after refinement</title>'
          '<rect width="100%" height="100%" fill="white"/>'
          f'{draw_map(maps["first_order"], 20, "A: attention")}{lines}'
          f'<path d="M{SIDE + 40} {46 + SIDE / 2 + 50} H{right - 20}" stroke="black" marker-end="url(#head)"/>'

@@ -93,7 +93,8 @@ def test_left_padding_changes_no_real_output(variant, order):
   short = encode(backbone, params, INPUTS[:, -4:])
   for length in (5, N):  # N = 4 + 3
     padded = np.pad(INPUTS[:, -4:], [(0, 0), (length - 4, 0)])
-    np.testing.assert_allclose(encode(backbone, params, padded)[:, -4:][REAL[:, -4:]], short[REAL[:, -4:]], atol=1e-6)
+    found = encode(backbone, params, padded)[:, -4:]
+    np.testing.assert_allclose(found[REAL[:, -4:]], short[REAL[:, -4:]], atol=4e-6)  # rounding: entries reach 3
 
 
 @pytest.mark.parametrize("variant, order", CASES)

@@ -1,6 +1,7 @@
 """Checkpoints: bit-equal on any devices; every damage is noticed, named and survived; the right ones are kept."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -93,6 +94,34 @@ def test_ids_come_back(workdir):
     ids = manager.restore(6, args=checkpoint.ocp.args.Composite(ids=checkpoint.ocp.args.StandardRestore()))["ids"]
   assert {name: checkpoint.decode_texts(texts) for name, texts in ids.items()} == {
       "items": ["i1", "é", ""], "titles": ["", "title", ""]}
+
+
+def test_changed_ids_are_an_error(workdir, monkeypatch):
+  with checkpoint.open_checkpoints(workdir) as manager:
+    assert checkpoint.restore_ids(manager, 6) == (["i1", "é", ""], ["", "title", ""])
+    genuine = manager.restore
+
+    def with_a_flipped_bit(step, args):  # Orbax itself restores it silently
+      restored = genuine(step, args=args)
+      flipped = np.array(restored["ids"]["items"]["bytes"])
+      flipped[0] ^= 1
+      return {**restored, "ids": {**restored["ids"], "items": {**restored["ids"]["items"], "bytes": flipped}}}
+
+    monkeypatch.setattr(manager, "restore", with_a_flipped_bit)
+    with pytest.raises(ValueError, match="item ids of checkpoint 6 .* are damaged"):
+      checkpoint.restore_ids(manager, 6)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(),
+                                   RuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+def test_an_error_of_the_machine_moves_nothing_aside(workdir, monkeypatch, error):
+  def fail(*_):
+    raise error
+  monkeypatch.setattr(checkpoint, "restore_step", fail)
+  with checkpoint.open_checkpoints(workdir) as manager:
+    with pytest.raises(type(error)):
+      checkpoint.restore_newest(manager, template_of(make_state(6)))
+    assert sorted(manager.all_steps()) == [3, 6] and not checkpoint.damaged_folder(manager).exists()
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
@@ -344,12 +373,12 @@ def test_checksums_have_names_and_do_not_depend_on_the_devices():
 
 def test_the_hash_of_parameters_is_of_float32_bytes_in_the_order_of_their_paths():
   params = {"b": {"z": jnp.float32([1, 2]), "a": jnp.float32([[3, 4], [5, 6]])}, "a": jnp.float32(7),
-            "b-": jnp.float32([8]), "b0": jnp.bfloat16(9)}
+            "b-": jnp.float32([8]), "b0": jnp.float32(9)}
   order = [7, 8, 3, 4, 5, 6, 1, 2, 9]  # a, b-, b/a, b/z, b0
   expected = hashlib.sha256(np.array(order, "<f4").tobytes()).hexdigest()
-  assert checkpoint.hash_params(params) == expected
+  assert checkpoint.hash_arrays(params) == expected
   split = jax.device_put(make_state(1).params, meshes.shardings(make(2, 4), make_state(1).params))
-  assert checkpoint.hash_params(split) == checkpoint.hash_params(make_state(1).params)
+  assert checkpoint.hash_arrays(split) == checkpoint.hash_arrays(make_state(1).params)
 
 
 def test_the_hash_of_json_knows_content_not_order():

@@ -6,8 +6,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-
 import tiny_config
+
 from awrsr_jax.data.corpus import Corpus
 
 jax.config.update("jax_platforms", "cpu")
@@ -31,6 +31,6 @@ def make_corpus():
   """Returns a function: lists of item numbers, one a user -> Corpus."""
   def make(histories: list[list[int]]) -> Corpus:
     items = np.concatenate(histories).astype(np.int32)
-    return Corpus(items, np.cumsum([0, *map(len, histories)]), np.arange(len(histories)), np.arange(items.max() + 1), {},
-                  "made for a test", None)
+    offsets = np.cumsum([0, *map(len, histories)])
+    return Corpus(items, offsets, np.arange(len(histories)), np.arange(items.max() + 1), {}, "made for a test", None)
   return make

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine import checkpoint, ranking
+from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import init_state
 from awrsr_jax.engine.train import make_job, train
 
@@ -78,6 +78,17 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkp
   template = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
   state, record = checkpoint.restore_newest(manager, template)
   assert record["step"] == 12 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_damaged_best_checkpoint_is_named_at_the_end(small_config, tmp_path):
+  small_config.train.learning_rate = 1e-12  # so that the first evaluation is the best
+  assert train(small_config, tmp_path)["best_step"] == 4
+  (tmp_path / "result.json").unlink()
+  for path in (tmp_path / "checkpoints" / "4").rglob("*"):
+    if path.is_file() and path.name != "_METADATA" and "metrics" not in path.parts:
+      path.write_bytes(b"")
+  with pytest.raises(ValueError, match="best checkpoint, step 4 .*cannot be read"):
+    train(small_config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["softmax", "sampled_softmax", "bce", "bpr", "gbce"])

@@ -4,6 +4,7 @@ Items of a bundle: `state` (TrainState), `record` (JSON: step, early stopping, c
 array), `ids` (raw ids and titles of the items). Kept: the two newest, and the best on validation.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -72,7 +73,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
     metric: validation NDCG@10 of this step; NOT_EVALUATED if it was not measured.
   """
   step = record["step"]
-  record = record | {"schema": SCHEMA, "checksums": name_checksums(state)}
+  record = record | {"schema": SCHEMA, "checksums": name_checksums(state), "ids_sha256": hash_arrays(ids)}
   manager.save(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), ids=ocp.args.StandardSave(ids),
@@ -82,14 +83,12 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
       force=True)
 
 
-def restore_newest(manager: ocp.CheckpointManager, template: TrainState,
-                   no_later_than: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+def restore_newest(manager: ocp.CheckpointManager, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
   """Restores the newest good bundle; a damaged one is named, moved aside and the one before is tried.
 
   Args:
     manager: from open_checkpoints.
     template: a TrainState of ShapeDtypeStructs with the shardings wanted here, whatever they were when saving.
-    no_later_than: skip newer steps.
 
   Returns:
     (state, record), or None when there is no checkpoint at all.
@@ -99,11 +98,11 @@ def restore_newest(manager: ocp.CheckpointManager, template: TrainState,
   """
   steps = sorted(manager.all_steps(), reverse=True)
   for step in steps:
-    if no_later_than is not None and step > no_later_than:
-      continue
     try:
       return restore_step(manager, step, template)
-    except Exception as error:  # noqa: BLE001 (Orbax raises bare Exception for damaged files)
+    except Exception as error:  # Orbax raises bare Exception for damaged files
+      if is_of_machine(error):
+        raise
       LOG.error("checkpoint %d of %s is damaged and is not used: %s", step, manager.directory, first_line(error))
       set_aside(manager, step)
   if steps:
@@ -130,6 +129,25 @@ def restore_step(manager: ocp.CheckpointManager, step: int, template: TrainState
   if broken:
     raise ValueError(f"checksums differ: {', '.join(broken)}")
   return state, record
+
+
+def restore_ids(manager: ocp.CheckpointManager, step: int) -> tuple[list[str], list[str]]:
+  """Returns the raw ids and the titles ("" where unknown) of items 1 to I, from one bundle alone.
+
+  Raises:
+    ValueError: they are damaged.
+  """
+  restored = manager.restore(step, args=ocp.args.Composite(ids=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()))
+  ids = restored["ids"]
+  if hash_arrays(ids) != restored["record"]["content"]["ids_sha256"]:
+    raise ValueError(f"the item ids of checkpoint {step} in {manager.directory} are damaged; use another checkpoint")
+  return decode_texts(ids["items"]), decode_texts(ids["titles"])
+
+
+def is_of_machine(error: Exception) -> bool:
+  """Whether an error tells of the machine (memory, disk, network) and not of the file that was read."""
+  machine = (errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM)
+  return isinstance(error, MemoryError) or getattr(error, "errno", None) in machine or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def damaged_folder(manager: ocp.CheckpointManager) -> pathlib.Path:
@@ -159,13 +177,13 @@ def hash_json(content: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def hash_params(params: Any) -> str:
-  """Returns the sha256 of all parameter bytes: float32, little-endian, C order, leaves sorted by their path."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-  named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+def hash_arrays(tree: Any) -> str:
+  """Returns the sha256 of all bytes of a tree of arrays: little-endian, C order, leaves sorted by their path."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  named = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
   digest = hashlib.sha256()
   for name in sorted(named):
-    digest.update(np.ascontiguousarray(jax.device_get(named[name]), "<f4").tobytes())
+    digest.update(named[name].astype(named[name].dtype.newbyteorder("<")).tobytes())
   return digest.hexdigest()
 
 

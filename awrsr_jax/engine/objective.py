@@ -123,7 +123,7 @@ def draw_unseen(key: jax.Array, inputs_BxL: jax.Array, targets_BxL: jax.Array, c
   Returns:
     (B, L, K) int32.
   """
-  row = jnp.sort(jnp.concatenate([inputs_BxL[:, :1], targets_BxL], axis=1), axis=1)  # inputs after the first are targets
+  row = jnp.sort(jnp.concatenate([inputs_BxL, targets_BxL[:, -1:]], axis=1), axis=1)  # other targets are inputs too
   repeated = jnp.concatenate([jnp.zeros_like(row[:, :1], bool), row[:, 1:] == row[:, :-1]], axis=1)
   seen = jnp.sort(jnp.where(repeated | (row == 0), num_items + 1 + row.shape[1], row), axis=1)
   gaps = seen - jnp.arange(1, row.shape[1] + 1)[None]

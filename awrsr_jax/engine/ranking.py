@@ -34,8 +34,8 @@ def rank_among_all(backbone: nn.Module, params: Any, hidden: Hidden, target_B: j
                    block_items: int) -> jax.Array:
   """Ranks each target among all items outside the history.
 
-  Two passes over the same blocks: the first reads the target's score, the second compares all items with it. One
-  matrix product gives both, so an item tied with the target is tied to the last bit.
+  Two passes over the same blocks: the first reads the target's score, the second compares all items with it. The same
+  matrix product gives both, so that ties are not lost to rounding.
 
   Returns:
     (B,) float32 ranks, from 1; NaN where a score was NaN.

@@ -1,7 +1,7 @@
 """The run folder (`--workdir`): the contract with users and tools, and the lines of a run.
 
   config.json    the resolved config            metrics.jsonl  one JSON object a line
-  corpus.json    counts and fingerprint         tensorboard/   the same numbers as TensorBoard events
+  corpus.json    counts and fingerprint         tensorboard/   the same numbers ("@" is "_" there)
   checkpoints/   see engine/checkpoint.py       result.json    written last, whole or not at all
 """
 

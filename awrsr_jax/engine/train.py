@@ -25,8 +25,7 @@ from awrsr_jax.data import corpus as data_corpus
 from awrsr_jax.engine import checkpoint, ranking, run_folder
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.objective import objective
-from awrsr_jax.engine.state import (NO_STEP, TrainState, Window, init_state, make_key, make_optimizer,
-                                    make_schedule)
+from awrsr_jax.engine.state import NO_STEP, TrainState, Window, init_state, make_key, make_optimizer, make_schedule
 from awrsr_jax.model.backbones import build_backbone
 
 LOG = logging.getLogger(__name__)
@@ -268,9 +267,14 @@ def encode_items(corpus: data_corpus.Corpus) -> dict[str, Any]:
 
 def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any]) -> dict[str, Any]:
   """Evaluates the best checkpoint on validation and, this once, on test. Returns the content of result.json."""
-  params_sha256 = checkpoint.hash_params(state.params)
+  params_sha256 = checkpoint.hash_arrays(state.params)
   template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-  best, _ = checkpoint.restore_step(manager, record["best_step"], template)
+  try:
+    best, _ = checkpoint.restore_step(manager, record["best_step"], template)
+  except Exception as error:  # Orbax raises bare Exception for damaged files
+    raise ValueError(
+        f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be read: "
+        f"{checkpoint.first_line(error)}. Bring that folder back, or train again in another --workdir") from error
   splits = {split: ranking.summarize(ranking.rank_users(job.rank_step, best.params, batches, job.mesh))
             for split, batches in job.ranking.items()}
   result = {
@@ -280,7 +284,7 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
       "seed": job.config.seed, "epochs": job.config.train.epochs, "steps": int(state.step),
       "best_step": record["best_step"], "best_epoch": job.epoch(record["best_step"]),
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-      "params_sha256": params_sha256,  # of the last step, see checkpoint.hash_params for the order
+      "params_sha256": params_sha256,  # of the last step, see checkpoint.hash_arrays for the order
       "corpus": data_corpus.describe(job.corpus),
       "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
       "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},

@@ -1,6 +1,6 @@
 """The parts of a backbone: dropout, item and position embedding, attention with refinement, feed-forward, block.
 
-Shapes: B batch, L length of this batch, n longest length, D width, H heads, h = D / H. `real_BxL` is True on real items.
+Shapes: B batch, L length of this batch, n longest length, D width, H heads, h = D / H; real_BxL is True on real items.
 """
 
 from typing import Any
