@@ -147,7 +147,8 @@ def restore_ids(manager: ocp.CheckpointManager, step: int) -> tuple[list[str], l
 def is_of_machine(error: Exception) -> bool:
   """Whether an error tells of the machine (memory, disk, network) and not of the file that was read."""
   machine = (errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM)
-  return isinstance(error, MemoryError) or getattr(error, "errno", None) in machine or "RESOURCE_EXHAUSTED" in str(error)
+  is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+  return is_full or getattr(error, "errno", None) in machine
 
 
 def damaged_folder(manager: ocp.CheckpointManager) -> pathlib.Path:

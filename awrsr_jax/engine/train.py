@@ -273,8 +273,8 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
     best, _ = checkpoint.restore_step(manager, record["best_step"], template)
   except Exception as error:  # Orbax raises bare Exception for damaged files
     raise ValueError(
-        f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be read: "
-        f"{checkpoint.first_line(error)}. Bring that folder back, or train again in another --workdir") from error
+        f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be "
+        f"read: {checkpoint.first_line(error)}. Bring that folder back, or train again in another --workdir") from error
   splits = {split: ranking.summarize(ranking.rank_users(job.rank_step, best.params, batches, job.mesh))
             for split, batches in job.ranking.items()}
   result = {
