@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from awrsr_jax.config import default
 from awrsr_jax.engine import mesh as meshes
 
 
@@ -31,10 +32,17 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error(data, model):
 
 def test_a_batch_that_does_not_split_is_an_error_that_names_the_key_and_a_size_that_does():
   mesh = make(4, 2)
-  meshes.check_batch(mesh, train=8, eval=4)
+  config = default()
+  config.train.batch_size, config.eval.batch_size = 8, 4
+  meshes.check_config(mesh, config)
+  config.eval.batch_size = 10
   with pytest.raises(ValueError, match=r"config.eval.batch_size=10 must be a multiple of the 4 devices .* take 12"):
-    meshes.check_batch(mesh, train=8, eval=10)
-  meshes.check_batch(make(1, 8), train=7)  # the model axis does not split batches
+    meshes.check_config(mesh, config)
+  config.train.batch_size = 7
+  meshes.check_config(make(1, 8), config)  # the model axis does not split batches
+  config.model.table_multiple = 20
+  with pytest.raises(ValueError, match=r"config.model.table_multiple=20 must be a multiple of config.mesh.model=8"):
+    meshes.check_config(make(1, 8), config)
 
 
 def test_the_item_table_and_what_mirrors_it_is_split_and_nothing_else():

@@ -137,7 +137,8 @@ def restore_ids(manager: ocp.CheckpointManager, step: int) -> tuple[list[str], l
   Raises:
     ValueError: they are damaged.
   """
-  restored = manager.restore(step, args=ocp.args.Composite(ids=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()))
+  restored = manager.restore(
+      step, args=ocp.args.Composite(ids=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()))
   ids = restored["ids"]
   if hash_arrays(ids) != restored["record"]["content"]["ids_sha256"]:
     raise ValueError(f"the item ids of checkpoint {step} in {manager.directory} are damaged; use another checkpoint")

@@ -32,12 +32,17 @@ def make_mesh(mesh: Any) -> Mesh:
   return jax.make_mesh((data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
 
 
-def check_batch(mesh: Mesh, **batch_sizes: int) -> None:
-  """Raises ValueError when a batch size does not split evenly over the data axis."""
-  for name, size in batch_sizes.items():
-    if size % mesh.shape["data"]:
-      raise ValueError(f"config.{name}.batch_size={size} must be a multiple of the {mesh.shape['data']} devices of "
-                       f"the data axis; take {-(-size // mesh.shape['data']) * mesh.shape['data']} or lower mesh.data")
+def check_config(mesh: Mesh, config: Any) -> None:
+  """Raises ValueError when batches or the item table do not split evenly over the mesh."""
+  data, model = mesh.shape["data"], mesh.shape["model"]
+  for name in ("train", "eval"):
+    size = config[name].batch_size
+    if size % data:
+      raise ValueError(f"config.{name}.batch_size={size} must be a multiple of the {data} devices of the data axis; "
+                       f"take {-(-size // data) * data} or lower mesh.data")
+  if config.model.table_multiple % model:
+    raise ValueError(f"config.model.table_multiple={config.model.table_multiple} must be a multiple of "
+                     f"config.mesh.model={model}, the devices that share the item table")
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

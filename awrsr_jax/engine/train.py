@@ -104,7 +104,7 @@ def make_job(config: Any) -> Job:
   """
   config = finalize(config)
   mesh = meshes.make_mesh(config.mesh)
-  meshes.check_batch(mesh, train=config.train.batch_size, eval=config.eval.batch_size)
+  meshes.check_config(mesh, config)
   corpus = data_corpus.load(config.data)
   process, processes = jax.process_index(), jax.process_count()
   batches = data_batches.training_batches(corpus, config, process, processes)
@@ -162,8 +162,8 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
   if found is None:
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
     LOG.info("%d users, %d items, %d interactions; %d parameters; %d steps of %d epochs, lengths %s",
-                 job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
-                 job.config.train.epochs, job.batches.buckets)
+             job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
+             job.config.train.epochs, job.batches.buckets)
     return init(), {"step": 0, "best": checkpoint.NOT_EVALUATED, "best_step": 0, "worse": 0, "seconds": 0.0}
   LOG.info("resumed at step %d of %d", found[1]["step"], job.total_steps)
   return found
