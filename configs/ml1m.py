@@ -21,8 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.dropout = 0.2
   config.loss.name = "sampled_softmax"
   config.loss.num_negatives = 1024
-  config.train.epochs = 40
+  config.train.epochs = 30
   config.train.batch_size = 64
   config.train.schedule = "cosine"
-  config.eval.every_epochs = 4
+  config.eval.every_epochs = 5
   return config
