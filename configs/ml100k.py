@@ -3,7 +3,7 @@
     python -m awrsr_jax.main --config=configs/ml100k.py --workdir=runs/ml100k
 
 Downloads ml-100k.zip once. Offline: --config.data.path=FILE, where FILE is u.data, the zip, or the sequences.
-Result: see README.md.
+Not measured yet.
 """
 
 import ml_collections

@@ -3,7 +3,7 @@
     python -m awrsr_jax.main --config=configs/sports.py --workdir=runs/sports --config.data.path=FILE
 
 FILE holds one line per user, `user item_1 item_2 ...`, oldest first. It cannot be downloaded: it has no licence.
-Result: see README.md.
+Not measured yet; the settings are those of configs/beauty.py.
 """
 
 import ml_collections
@@ -16,5 +16,10 @@ def get_config() -> ml_collections.ConfigDict:
   config = default()
   config.data.name = "sports"
   config.data.max_length = 50
+  config.data.buckets = 6
   config.model.dropout = 0.6
+  config.train.epochs = 60
+  config.train.batch_size = 256
+  config.train.schedule = "cosine"
+  config.eval.every_epochs = 5
   return config

@@ -100,10 +100,11 @@ def test_masked_scores_never_matter_not_even_in_gradients():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_rows_without_any_key_are_zero_with_zero_gradient(scale):
+def test_rows_without_any_key_are_zero_with_zero_gradient_and_no_nan_on_the_way(scale):
   scores, probe = draw(7, 4, 2, 5, 5) * np.float32(scale), draw(8, 4, 2, 5, 5)
-  weights, back = jax.vjp(lambda s: masked_softmax(s, MASK), scores)
-  grad = back(jnp.asarray(probe))[0]
+  with jax.debug_nans(True):
+    weights, back = jax.vjp(lambda s: masked_softmax(s, MASK), scores)
+    grad = back(jnp.asarray(probe))[0]
   assert np.all(np.isfinite(grad))
   without_key = np.broadcast_to(~MASK.any(axis=-1), (4, 2, 5))
   assert without_key[3].all() and np.all(np.asarray(weights)[without_key] == 0)
