@@ -21,8 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.dropout = 0.2
   config.loss.name = "sampled_softmax"
   config.loss.num_negatives = 1024
-  config.train.epochs = 30
+  config.train.epochs = 36
+  config.train.learning_rate = 2e-3
   config.train.batch_size = 64
   config.train.schedule = "cosine"
-  config.eval.every_epochs = 5
+  config.train.warmup_steps = 100
+  config.eval.every_epochs = 6
   return config
