@@ -1,6 +1,6 @@
 """Draws docs/refinement.svg from a finished run: attention of one user before and after refinement.
 
-  python docs/refinement_picture.py runs/synthetic
+  PYTHONPATH=. python docs/refinement_picture.py runs/synthetic
 """
 
 import json
