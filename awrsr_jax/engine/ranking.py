@@ -40,7 +40,7 @@ def rank_among_all(backbone: nn.Module, params: Any, hidden: Hidden, target_B: j
   Returns:
     (B,) float32 ranks, from 1; NaN where a score was NaN.
   """
-  rows = backbone.apply({"params": params}, method=lambda module: module.embedding.item_table.shape[0])
+  rows = backbone.num_rows
   size = min(block_items, rows)
   firsts = jnp.arange(0, rows, size)
   user = jnp.arange(len(target_B))

@@ -3,6 +3,7 @@
 The contract, which is all that the rest of the package knows of a backbone:
   encode(inputs_BxL, train) -> Hidden        score(hidden, items) -> candidate scores
   score_all(hidden, first, count) -> scores of consecutive item numbers
+  num_items, num_rows: I, and the rows of the item table, V
 Shapes: B batch, L length, D width, K candidates, V rows of the item table, I items (numbers 1 to I; 0 is padding).
 """
 
@@ -42,11 +43,15 @@ class SASRec(nn.Module):
   max_length: int
   num_items: int
 
+  @property
+  def num_rows(self) -> int:
+    """V."""
+    return table_rows(self.num_items, self.model.table_multiple)
+
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
     attention_dropout = model.dropout if model.attention_dropout is None else model.attention_dropout
-    self.embedding = Embedding(table_rows(self.num_items, model.table_multiple), self.max_length, model.width,
-                               model.dropout, dtype)
+    self.embedding = Embedding(self.num_rows, self.max_length, model.width, model.dropout, dtype)
     self.blocks = [
         Block(attention=SelfAttention(model.heads, attention_dropout, dtype, build_refinement(model, self.max_length)),
               feed_forward=FeedForward(model.ffn_width, model.activation, model.dropout, dtype), norm=model.norm)
