@@ -1,6 +1,8 @@
 """A corpus made from a seed by a known law (awrsr_jax/data/synthetic.py), so that the best possible result is known.
 
   python -m awrsr_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
+
+Result: test NDCG@10 .5004 of a best possible .5296 (seed 0), 2.5 minutes on 2 busy CPU cores; README.md has the table.
 """
 
 import ml_collections
