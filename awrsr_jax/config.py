@@ -11,15 +11,16 @@ import ml_collections
 from ml_collections import config_dict
 
 REFINEMENTS = ("none", "simple", "value", "additive", "stochastic")
-LOSSES = ("bce", "bpr", "softmax", "sampled_softmax", "gbce")
+PER_POSITION = ("bce", "bpr", "gbce")  # losses that draw negatives for each position
+LOSSES = (*PER_POSITION, "softmax", "sampled_softmax")
 
 # The choices of every key that is a name: one table, so that one check and one message serve them all.
 CHOICES = {
     "data.format": ("auto", "sequences", "pairs", "movielens", "tfds", "synthetic"),
     "data.long_history": ("newest", "windows"),
-    "model.backbone": ("sasrec",),
+    "model.backbone": ("sasrec", "stosa"),
     "model.norm": ("pre", "post", "query"),
-    "model.activation": ("relu", "gelu"),
+    "model.activation": ("relu", "gelu", "elu"),
     "model.dtype": ("float32", "bfloat16"),
     "model.refine": REFINEMENTS,
     "model.awr.correlation": ("dot", "wasserstein"),
@@ -39,7 +40,7 @@ BOUNDS = {
     "model.width": (1, True), "model.layers": (1, True), "model.heads": (1, True), "model.ffn_width": (1, True),
     "model.dropout": (0, True), "model.attention_dropout": (0, True),
     "model.table_multiple": (1, True), "model.awr.rank": (1, True), "model.awr.order": (1, True),
-    "loss.num_negatives": (1, True), "loss.gbce_t": (0, True),
+    "loss.num_negatives": (1, True), "loss.gbce_t": (0, True), "loss.pvn_weight": (0, True),
     "train.epochs": (1, True), "train.batch_size": (1, True), "train.learning_rate": (0, False),
     "train.weight_decay": (0, True), "train.warmup_steps": (0, True), "train.clip_norm": (0, False),
     "train.patience": (1, True), "train.log_every": (1, True), "train.beta1": (0, True), "train.beta2": (0, True),
@@ -77,12 +78,13 @@ def default() -> ml_collections.ConfigDict:
   data.synthetic.temperature = 1.0  # larger: flatter transitions, lower best possible NDCG
 
   config.model = model = ml_collections.ConfigDict()
-  model.backbone = "sasrec"
+  model.backbone = "sasrec"  # sasrec | stosa (histories and items are Gaussians)
+  model.faithful = False  # stosa: the published network, defects and all, instead of ours
   model.width = 64  # D
   model.layers = 2
   model.heads = 1  # H
   model.ffn_width = 64  # hidden width of the feed-forward block
-  model.activation = "relu"  # relu | gelu
+  model.activation = "relu"  # relu | gelu | elu
   model.norm = "pre"  # pre | post | query (the original SASRec: only the query is normalised)
   model.dropout = 0.2  # embedding, attention weights, feed-forward
   model.attention_dropout = config_dict.placeholder(float)  # of attention weights; None: model.dropout
@@ -102,6 +104,7 @@ def default() -> ml_collections.ConfigDict:
   loss.num_negatives = 256  # K: per position (bce, bpr, gbce), shared by the batch (sampled_softmax)
   loss.negatives = "uniform"  # uniform | popularity (sampled_softmax only)
   loss.gbce_t = 0.75  # calibration of gbce: 0 is bce, 1 undoes the sampling bias
+  loss.pvn_weight = 0.0  # stosa with bpr, bce or gbce: keeps negatives farther from the target than the history is
 
   config.train = train = ml_collections.ConfigDict()
   train.epochs = 100
@@ -185,6 +188,21 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{name}={value} must be below 1")
   if loss.gbce_t > 1:
     raise ValueError(f"config.loss.gbce_t={loss.gbce_t} must lie between 0 and 1")
+  if model.faithful:
+    published = {"backbone": "stosa", "norm": "post", "activation": "elu", "ffn_width": 4 * model.width}
+    other = {key: model[key] for key, value in published.items() if model[key] != value}
+    if other:
+      raise ValueError(f"config.model.faithful is the published STOSA, with model.backbone=stosa, norm=post, "
+                       f"activation=elu and ffn_width={4 * model.width} (4 * width); not {other}")
+  if loss.pvn_weight and model.backbone != "stosa":
+    raise ValueError(f"config.loss.pvn_weight={loss.pvn_weight} compares distances between items, and the scores of "
+                     f"config.model.backbone={model.backbone} are no distances; set it to 0, or use backbone=stosa")
+  if loss.pvn_weight and loss.name not in PER_POSITION:
+    raise ValueError(f"config.loss.pvn_weight={loss.pvn_weight} needs negatives of each position: "
+                     f"config.loss.name one of {', '.join(PER_POSITION)}, not {loss.name}")
+  if model.awr.correlation and model.refine == "none":
+    raise ValueError(f"config.model.awr.correlation={model.awr.correlation} needs a refinement; "
+                     "config.model.refine=none has nothing to correlate")
   if loss.negatives == "popularity" and loss.name != "sampled_softmax":
     raise ValueError(f"config.loss.negatives=popularity needs config.loss.name=sampled_softmax, not {loss.name}: "
                      "only there is the sampling bias corrected")

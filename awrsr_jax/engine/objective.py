@@ -49,6 +49,9 @@ def objective(backbone: nn.Module, params: Any, batch: dict[str, jax.Array], cum
       negatives = bound("score", hidden, negatives_BxLxK)
       loss_BxL = {"bce": losses.bce, "bpr": losses.bpr,
                   "gbce": lambda p, n: losses.gbce(p, n, num_items, loss.gbce_t)}[loss.name](positive, negatives)
+      if loss.pvn_weight:
+        between = bound("score", bound("items", targets_BxL), negatives_BxLxK)
+        loss_BxL += loss.pvn_weight * losses.positive_vs_negative(positive, between)
   return jnp.sum(jnp.where(targets_BxL > 0, loss_BxL, 0)), count_real(targets_BxL)
 
 

@@ -1,36 +1,51 @@
-"""Diagonal Gaussians: positive covariances, and the squared 2-Wasserstein distance as matrix products.
+"""Diagonal Gaussians: positive covariances, and the squared 2-Wasserstein distance.
 
-A Gaussian is a mean and a standard deviation per dimension; D is the dimension. All in float32.
+A Gaussian is a mean and a diagonal covariance, both (..., D). Everything here is computed in float32.
 """
 
 import jax
 import jax.numpy as jnp
 
+SMALLEST = 1e-24  # of a covariance under the root, as STOSA has it: below it the gradient is 0, never infinite
+
 
 def covariance(x: jax.Array) -> jax.Array:
-  """Returns ELU(x) + 1 > 0, the diagonal covariance of STOSA (Fan et al. 2022)."""
-  return jax.nn.elu(x.astype(jnp.float32)) + 1
-
-
-def deviation(x: jax.Array) -> jax.Array:
-  """Returns sqrt(ELU(x) + 1), written as exp(x / 2) below zero so that neither value nor gradient is lost there."""
+  """Returns ELU(x) + 1 > 0 (STOSA, Fan et al. 2022), written as exp(x) below zero so that nothing is lost there."""
   x = x.astype(jnp.float32)
-  return jnp.where(x > 0, jnp.sqrt(jnp.maximum(x, 0) + 1), jnp.exp(jnp.where(x > 0, 0, x) / 2))
+  return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
-def wasserstein(mean_q: jax.Array, deviation_q: jax.Array, mean_k: jax.Array, deviation_k: jax.Array) -> jax.Array:
-  """Squared 2-Wasserstein distance of every query Gaussian to every key Gaussian, both diagonal.
+def deviation(cov: jax.Array) -> jax.Array:
+  """Returns sqrt(cov), float32, with a finite gradient down to a covariance of 0."""
+  return jnp.sqrt(jnp.maximum(cov.astype(jnp.float32), SMALLEST))
 
-  |mu_q - mu_k|^2 + |sqrt(Sigma_q) - sqrt(Sigma_k)|^2 (STOSA), expanded into one matrix product.
+
+def wasserstein(mean_p: jax.Array, cov_p: jax.Array, mean_q: jax.Array, cov_q: jax.Array) -> jax.Array:
+  """Squared 2-Wasserstein distance of two diagonal Gaussians.
+
+  |mu_p - mu_q|^2 + |sqrt(Sigma_p) - sqrt(Sigma_q)|^2 (STOSA).
 
   Args:
-    mean_q, deviation_q: (..., Lq, D).
-    mean_k, deviation_k: (..., Lk, D).
+    mean_p, cov_p, mean_q, cov_q: (..., D), broadcast against each other.
 
   Returns:
-    (..., Lq, Lk) float32, never negative.
+    (...) float32, never negative, exactly 0 for equal Gaussians.
   """
-  q = jnp.concatenate([mean_q, deviation_q], axis=-1).astype(jnp.float32)
-  k = jnp.concatenate([mean_k, deviation_k], axis=-1).astype(jnp.float32)
+  between_means = jnp.square(mean_p.astype(jnp.float32) - mean_q.astype(jnp.float32))
+  return jnp.sum(between_means + jnp.square(deviation(cov_p) - deviation(cov_q)), axis=-1)
+
+
+def pairwise_wasserstein(mean_q: jax.Array, cov_q: jax.Array, mean_k: jax.Array, cov_k: jax.Array) -> jax.Array:
+  """The same distance of every query Gaussian to every key Gaussian, expanded into one matrix product.
+
+  Args:
+    mean_q, cov_q: (..., Lq, D).
+    mean_k, cov_k: (..., Lk, D), with the same leading axes.
+
+  Returns:
+    (..., Lq, Lk) float32, never negative; off by rounding of the Gaussians' own size, |mu|^2 + |sqrt(Sigma)|^2.
+  """
+  q = jnp.concatenate([mean_q.astype(jnp.float32), deviation(cov_q)], axis=-1)
+  k = jnp.concatenate([mean_k.astype(jnp.float32), deviation(cov_k)], axis=-1)
   norms = jnp.sum(q * q, axis=-1)[..., :, None] + jnp.sum(k * k, axis=-1)[..., None, :]
   return jnp.maximum(norms - 2 * jnp.einsum("...id,...jd->...ij", q, k, precision="highest"), 0)

@@ -28,6 +28,18 @@ def bpr(positive: jax.Array, negatives: jax.Array) -> jax.Array:
   return jnp.mean(jax.nn.softplus(negatives - positive[..., None]), axis=-1)
 
 
+def positive_vs_negative(positive: jax.Array, between: jax.Array) -> jax.Array:
+  """The regularisation of STOSA (Fan et al. 2022): mean over k of max(0, d(h, pos) - d(pos, neg_k)).
+
+  It asks negatives to lie farther from the target than the history does.
+
+  Args:
+    positive: (...) scores of the targets, -d(h, pos).
+    between: (..., K) scores of the negatives by the target itself, -d(pos, neg_k).
+  """
+  return jnp.mean(jax.nn.relu(between - positive[..., None]), axis=-1)
+
+
 def gbce(positive: jax.Array, negatives: jax.Array, num_items: int, t: float) -> jax.Array:
   """Generalised binary cross entropy (Petrov and Macdonald, RecSys 2023, eq. 12 and 18), stable in float32.
 

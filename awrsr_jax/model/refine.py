@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from awrsr_jax.model.attention import masked_softmax
-from awrsr_jax.model.gaussian import deviation, wasserstein
+from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein
 
 # preset -> how rows are compared, how the comparison becomes weights
 PRESETS = {
@@ -83,7 +83,7 @@ class Refinement(nn.Module):
       return jnp.einsum("bhir,bhjr->bhij", query, key) * self.rank ** -0.5
     mean_q, cov_q, mean_k, cov_k = (self._features(weights, f"{name}_{role}") for role in (
         "query_mean", "query_cov", "key_mean", "key_cov"))
-    return -wasserstein(mean_q, deviation(cov_q), mean_k, deviation(cov_k)) * self.rank ** -0.5
+    return -pairwise_wasserstein(mean_q, covariance(cov_q), mean_k, covariance(cov_k)) * self.rank ** -0.5
 
   def _features(self, weights: jax.Array, name: str) -> jax.Array:
     """Returns A W_BxHxLxr: the features of every row of A, W a slot table."""
