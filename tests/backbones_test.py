@@ -1,4 +1,5 @@
-"""Backbones: the whole forward pass against loops in float64, causality, padding, and the scores of items."""
+"""Backbones: causality, padding and finite gradients of every backbone x refinement x order; SASRec against loops in
+float64, and its scores. STOSA's own tests are in stosa_test."""
 
 import functools
 from typing import Any
@@ -11,12 +12,16 @@ from blocks_test import block_by_loops, norm_by_loops
 from refine_test import CASES, VARIANTS, model_of, random_params
 
 from awrsr_jax.config import finalize
-from awrsr_jax.model import backbones
+from awrsr_jax.model import sasrec, stosa
 from awrsr_jax.model.attention import masked_softmax
-from awrsr_jax.model.backbones import Hidden, SASRec, attention_maps, build_backbone, table_rows
+from awrsr_jax.model.backbones import BACKBONES, attention_maps, build_backbone
+from awrsr_jax.model.hidden import Hidden, table_rows
+from awrsr_jax.model.sasrec import SASRec
 
 WIDTH, N, ITEMS, ROWS = 8, 7, 13, 16
 NORMS = ("pre", "post", "query")
+PUBLISHED = {"backbone": "stosa", "faithful": True, "norm": "post", "activation": "elu", "ffn_width": 4 * WIDTH}
+KINDS = {"sasrec": {}, "stosa": {"backbone": "stosa"}, "published": PUBLISHED}  # of backbones
 # Every item is in one place only, so that the gradient of an item's vector is the gradient of one input. Tests share
 # their few shapes: without jit, each operation is compiled once a shape.
 INPUTS = np.array([[3, 1, 4, 13, 5], [0, 0, 2, 6, 8], [0, 0, 0, 0, 0]], np.int32)
@@ -24,17 +29,27 @@ REAL = INPUTS > 0
 
 
 @functools.cache
-def build(variant: str, order: int = 1, norm: str = "pre", **changes: Any) -> tuple[SASRec, Any]:
+def build(variant: str, order: int = 1, norm: str = "pre", kind: str = "sasrec", **changes: Any) -> tuple[Any, Any]:
   """Returns a backbone and random parameters for it: two layers where the variant is a common one, for speed."""
-  model = model_of(variant, order, norm=norm, **{
-      "width": WIDTH, "ffn_width": 6, "layers": 2 if variant in ("none", "value") else 1, "table_multiple": 4,
-      "dropout": 0.0, **changes})
-  backbone = SASRec(model, N, ITEMS)
+  model = model_of(variant, order, **{
+      "norm": norm, "width": WIDTH, "ffn_width": 6, "layers": 2 if variant in ("none", "value") else 1,
+      "table_multiple": 4, "dropout": 0.0, **KINDS[kind], **changes})
+  backbone = BACKBONES[model.backbone](model, N, ITEMS)
   return backbone, random_params(backbone.init, INPUTS, scale=0.4)
 
 
-def encode(backbone: SASRec, params: Any, inputs: np.ndarray, **options: Any) -> np.ndarray:
-  return np.asarray(backbone.apply({"params": params}, inputs, method="encode", **options).mean)
+def encode(backbone: Any, params: Any, inputs: np.ndarray, **options: Any) -> np.ndarray:
+  """Returns all that a hidden state holds, (B, L, D) or mean and covariance (B, L, 2 D)."""
+  return np.asarray(join(backbone.apply({"params": params}, inputs, method="encode", **options)))
+
+
+def join(hidden: Hidden) -> jax.Array:
+  return hidden.mean if hidden.cov is None else jnp.concatenate([hidden.mean, hidden.cov], axis=-1)
+
+
+def embeddings(params: Any) -> dict[str, Any]:
+  """Returns the tables of SASRec's embedding, or of both of STOSA's."""
+  return {name: tables for name, tables in params.items() if name.startswith("embedding")}
 
 
 def encode_by_loops(backbone: SASRec, params: Any, inputs_L: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -71,25 +86,28 @@ COMBINATIONS = [(*case, NORMS[i % 3]) for i, case in enumerate(CASES)] + [
     ("none", 1, "post"), ("none", 1, "query"), ("value", 1, "pre"), ("value", 1, "post"), ("value", 2, "query")]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant, order, norm", sorted(set(COMBINATIONS)))
-def test_gradient_reaches_every_earlier_input_and_no_later_one_no_padding_and_no_neighbour(variant, order, norm):
-  backbone, params = build(variant, order, norm)
-  probe = np.random.default_rng(0).normal(size=WIDTH).astype(np.float32)
+def test_gradient_reaches_every_earlier_input_and_no_later_one_no_padding_and_no_neighbour(variant, order, norm, kind):
+  backbone, params = build(variant, order, norm, kind)
+  probe = np.random.default_rng(0).normal(size=2 * WIDTH).astype(np.float32)
   def project(tables: dict[str, jax.Array]) -> jax.Array:
-    hidden = backbone.apply({"params": {**params, "embedding": tables}}, INPUTS, method="encode").mean
-    return jnp.where(REAL, hidden @ probe, 0)  # (B, L)
-  jacobian = jax.jacrev(project)(params["embedding"])
-  by_item = np.any(np.asarray(jacobian["item_table"]) != 0, axis=-1)  # (B, L, V)
-  by_position = np.any(np.asarray(jacobian["position_table"]) != 0, axis=-1)  # (B, L, n)
+    hidden = join(backbone.apply({"params": {**params, **tables}}, INPUTS, method="encode"))
+    return jnp.where(REAL, hidden @ probe[:hidden.shape[-1]], 0)  # (B, L)
+  jacobians = jax.jacrev(project)(embeddings(params)).values()
+  reached = lambda name: sum(  # noqa: E731  # (B, L, V) or (B, L, n)
+      np.any(np.asarray(jacobian[name]) != 0, axis=-1) for jacobian in jacobians) > 0
+  by_item, by_position = reached("item_table"), reached("position_table")
   for b, t in np.argwhere(REAL):
     earlier = REAL[b] & (np.arange(5) <= t)
     assert set(np.flatnonzero(by_item[b, t])) == set(INPUTS[b][earlier])
     assert set(np.flatnonzero(by_position[b, t])) == set(N - 5 + np.flatnonzero(earlier))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant, order", CASES)
-def test_left_padding_changes_no_real_output(variant, order):
-  backbone, params = build(variant, order, NORMS[order])
+def test_left_padding_changes_no_real_output(variant, order, kind):
+  backbone, params = build(variant, order, NORMS[order], kind)
   short = encode(backbone, params, INPUTS[:, -4:])
   for length in (5, N):  # N = 4 + 3
     padded = np.pad(INPUTS[:, -4:], [(0, 0), (length - 4, 0)])
@@ -97,43 +115,50 @@ def test_left_padding_changes_no_real_output(variant, order):
     np.testing.assert_allclose(found[REAL[:, -4:]], short[REAL[:, -4:]], atol=4e-6)  # rounding: entries reach 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant, order", CASES)
-def test_padded_rows_and_batch_neighbours_never_matter(variant, order):
-  backbone, params = build(variant, order, NORMS[order])
+def test_padded_rows_and_batch_neighbours_never_matter(variant, order, kind):
+  backbone, params = build(variant, order, NORMS[order], kind)
   found = encode(backbone, params, INPUTS)
-  table = params["embedding"]["item_table"].copy()
-  table[0] = 1e3
-  poisoned = {**params, "embedding": {**params["embedding"], "item_table": table}}
+  poisoned = params | {name: tables | {"item_table": np.concatenate([np.full((1, WIDTH), 1e3, np.float32),
+                                                                     tables["item_table"][1:]])}
+                       for name, tables in embeddings(params).items()}
   np.testing.assert_array_equal(encode(backbone, poisoned, INPUTS)[REAL], found[REAL])
   beside_others = encode(backbone, params, np.stack([np.array([0, 0, 0, 0, 9]), INPUTS[1], np.array([7, 9, 7, 9, 7])]))
   np.testing.assert_allclose(beside_others[1][REAL[1]], found[1][REAL[1]], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_that_are_all_padding_have_finite_outputs_and_gradients(variant, dtype):
+def test_rows_that_are_all_padding_have_finite_outputs_and_gradients(variant, dtype, kind):
   norm = NORMS[list(VARIANTS).index(variant) % 3]
-  backbone, params = build(variant, 2, norm, dtype=dtype)
+  backbone, params = build(variant, 2, norm, kind, dtype=dtype)
   def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-    hidden = backbone.apply({"params": params}, INPUTS, method="encode").mean
+    hidden = join(backbone.apply({"params": params}, INPUTS, method="encode"))
     return jnp.sum(jnp.square(hidden)), hidden
   grads, hidden = jax.grad(loss, has_aux=True)(params)
   assert hidden.dtype == jnp.float32 and np.all(np.isfinite(hidden))
   assert all(np.all(np.isfinite(grad)) for grad in jax.tree.leaves(grads))
-  assert np.any(grads["embedding"]["item_table"]) and not np.any(grads["embedding"]["item_table"][0])
+  for tables in embeddings(grads).values():
+    assert np.any(tables["item_table"]) and not np.any(tables["item_table"][0])
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_none_is_bit_identical_to_the_plain_backbone(norm, monkeypatch):
-  backbone, params = build("none", norm=norm)
+@pytest.mark.parametrize("kind, norm", [*(("sasrec", norm) for norm in NORMS), ("stosa", "pre"), ("published", "post")])
+def test_none_is_bit_identical_to_the_plain_backbone(kind, norm, monkeypatch):
+  backbone, params = build("none", 1, norm, kind)
+  again = lambda: encode(type(backbone)(backbone.model, N, ITEMS), params, INPUTS)  # noqa: E731
+  def replace(refinement: Any) -> None:
+    for module in (sasrec, stosa):
+      monkeypatch.setattr(module, "build_refinement", lambda model, max_length: refinement)
   def plain(scores: jax.Array, mask: jax.Array) -> jax.Array:
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     return jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0)
   found = encode(backbone, params, INPUTS)
-  monkeypatch.setattr(backbones, "build_refinement", lambda model, max_length: plain)
-  np.testing.assert_array_equal(found, encode(SASRec(backbone.model, N, ITEMS), params, INPUTS))
-  monkeypatch.setattr(backbones, "build_refinement", lambda model, max_length: lambda s, mask: masked_softmax(-s, mask))
-  assert np.any(found != encode(SASRec(backbone.model, N, ITEMS), params, INPUTS))  # weights do matter here
+  replace(plain)
+  np.testing.assert_array_equal(found, again())
+  replace(lambda scores, mask: masked_softmax(-scores, mask))
+  assert np.any(found != again())  # weights do matter here
 
 
 @pytest.mark.parametrize("dropout, attention_dropout, random", [

@@ -44,13 +44,13 @@ def dense_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray) -> np.ndarray:
   return out
 
 
-def norm_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray) -> np.ndarray:
+def norm_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray, epsilon: float = 1e-6) -> np.ndarray:
   out = np.zeros(x_LxD.shape)
   for i, row in enumerate(x_LxD):
     mean = sum(row) / len(row)
     variance = sum((value - mean) ** 2 for value in row) / len(row)
     for d, value in enumerate(row):
-      out[i, d] = (value - mean) / (variance + 1e-6) ** 0.5 * params["scale"][d] + params["bias"][d]
+      out[i, d] = (value - mean) / (variance + epsilon) ** 0.5 * params["scale"][d] + params["bias"][d]
   return out
 
 
@@ -58,7 +58,8 @@ def feed_forward_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray, activati
   hidden = dense_by_loops(params["in"], x_LxD)
   for index, x in np.ndenumerate(hidden):
     cube = 0.79788456080 * (x + 0.044715 * x ** 3)  # sqrt(2 / pi)
-    hidden[index] = max(x, 0) if activation == "relu" else 0.5 * x * (1 + np.tanh(cube))
+    hidden[index] = {"relu": max(x, 0), "gelu": 0.5 * x * (1 + np.tanh(cube)), "elu": x if x > 0 else np.exp(x) - 1}[
+        activation]
   return dense_by_loops(params["out"], hidden)
 
 
@@ -201,7 +202,7 @@ def test_self_attention_drops_weights_and_not_values():
   assert set(np.unique(heads)) == {0, 2} and 0.3 < np.mean(heads == 0) < 0.7
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "elu"])
 def test_feed_forward_agrees_with_loops(activation):
   feed_forward = FeedForward(FFN, activation, 0.5, jnp.float32)
   x = draw(6, 3, 5, WIDTH)
@@ -209,6 +210,17 @@ def test_feed_forward_agrees_with_loops(activation):
   found = feed_forward.apply({"params": params}, x, False)
   for b in range(3):
     np.testing.assert_allclose(found[b], feed_forward_by_loops(params, x[b], activation), atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_feed_forward_drops_at_its_end_and_inside_where_it_is_told_to(inside):
+  """With both layers the identity, what is dropped inside stays 0 at the end."""
+  feed_forward = FeedForward(WIDTH, "relu", 0.5, jnp.float32, dropout_inside=inside)
+  eye = {"kernel": np.eye(WIDTH, dtype=np.float32), "bias": np.zeros(WIDTH, np.float32)}
+  out = np.asarray(feed_forward.apply({"params": {"in": eye, "out": eye}}, np.ones((64, 8, WIDTH), np.float32), True,
+                                      rngs={"dropout": jax.random.key(0)}))
+  np.testing.assert_allclose(np.mean(out == 0), 0.75 if inside else 0.5, atol=0.05)
+  assert set(np.unique(out)) == ({0, 4} if inside else {0, 2})
 
 
 @pytest.mark.parametrize("norm", ["pre", "post", "query"])

@@ -16,6 +16,8 @@ TYPES = {key: configs.key_type(configs.default(), key) for key in LEAVES}
 OPTIONAL = {key for key, value in LEAVES.items() if value is None}
 FREE_TEXT = {"data.name", "data.path", "data.tfds.name", "data.tfds.split", "data.tfds.user", "data.tfds.item",
              "data.tfds.time", "data.tfds.title"}
+PUBLISHED = {"model__faithful": True, "model__backbone": "stosa", "model__norm": "post", "model__activation": "elu",
+             "model__ffn_width": 256}
 LOCAL_NAMES = {"fields": "tfds"}  # a node of the config under another name in the package
 
 
@@ -112,6 +114,8 @@ def test_every_choice_is_accepted(key, choice):
   config = set_value(key, choice)
   if choice == "popularity":
     config.loss.name = "sampled_softmax"
+  if key == "model.awr.correlation":
+    config.model.refine = "value"
   assert dict(configs.walk(configs.finalize(config)))[key] == choice
 
 
@@ -134,7 +138,7 @@ def test_a_value_below_its_bound_is_refused_and_the_bound_itself_is_as_stated(ke
 def test_zero_is_refused_where_something_is_counted_or_divided_by_it(key):
   zero = set_value(key, TYPES[key](0))
   if key in {"seed", "data.k_core", "data.synthetic.seed", "model.dropout", "model.attention_dropout", "loss.gbce_t",
-             "train.weight_decay", "train.warmup_steps", "train.beta1", "train.beta2"}:
+             "loss.pvn_weight", "train.weight_decay", "train.warmup_steps", "train.beta1", "train.beta2"}:
     assert dict(configs.walk(configs.finalize(zero)))[key] == 0
   else:
     with pytest.raises(ValueError, match=re.escape(f"config.{key}=0")):
@@ -176,6 +180,11 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
     ({"train__weight_decay": 0.1}, "config.train.weight_decay=0.1 needs config.train.optimizer=adamw"),
     ({"model__refine": "additive", "model__awr__value_projection": True}, "config.model.awr.value_projection"),
     ({"model__refine": "stochastic", "model__awr__correlation": "dot"}, "config.model.refine=stochastic"),
+    ({"model__refine": "none", "model__awr__correlation": "dot"}, "config.model.awr.correlation=dot"),
+    ({"model__faithful": True}, "not {'backbone': 'sasrec', 'norm': 'pre', 'activation': 'relu', 'ffn_width': 64}"),
+    (PUBLISHED | {"model__ffn_width": 64}, "ffn_width=256 (4 * width); not {'ffn_width': 64}"),
+    ({"loss__pvn_weight": 0.1, "loss__name": "bpr"}, "config.model.backbone=sasrec are no distances"),
+    ({"loss__pvn_weight": 0.1, "model__backbone": "stosa"}, "one of bce, bpr, gbce, not softmax"),
     ({"mesh__data": 0}, "config.mesh.data=0"),
     ({"mesh__data": -2}, "config.mesh.data=-2"),
 ])
@@ -189,7 +198,8 @@ def test_values_that_do_not_fit_together_are_refused(values, key):
     {"train__weight_decay": 0.1, "train__optimizer": "adamw"}, {"mesh__data": -1}, {"mesh__data": 1},
     {"model__refine": "value", "model__awr__value_projection": True},
     {"model__refine": "stochastic", "model__awr__correlation": "wasserstein"}, {"model__refine": "stochastic"},
-    {"loss__negatives": "popularity", "loss__name": "sampled_softmax"},
+    {"loss__negatives": "popularity", "loss__name": "sampled_softmax"}, {"model__backbone": "stosa"}, PUBLISHED,
+    {"model__backbone": "stosa", "loss__name": "gbce", "loss__pvn_weight": 0.1},
 ])
 def test_values_that_fit_together_are_accepted(values):
   final = dict(configs.walk(configs.finalize(changed(**values))))

@@ -14,7 +14,8 @@ PACKAGE = "awrsr_jax"
 ORDER = (
     "config",
     "data.text", "data.from_tfds", "data.movielens", "data.readers", "data.synthetic", "data.corpus", "data.batches",
-    "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.backbones", "model.losses",
+    "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden", "model.sasrec", "model.stosa",
+    "model.backbones", "model.losses",
     "engine.mesh", "engine.state", "engine.objective", "engine.ranking", "engine.run_folder", "engine.checkpoint",
     "engine.train",
     "main",

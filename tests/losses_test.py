@@ -35,6 +35,12 @@ WANTED = {
 }
 
 
+def test_positive_vs_negative_is_the_mean_of_what_negatives_are_too_near():
+  # d(h, pos) = 2 and 1; d(pos, neg) = 3, 1.5, 0.25 and 0.5, 4, 1
+  positive, between = jnp.array([-2.0, -1.0]), -jnp.array([[3, 1.5, 0.25], [0.5, 4, 1]])
+  np.testing.assert_allclose(losses.positive_vs_negative(positive, between), [(0.5 + 1.75) / 3, 0.5 / 3], rtol=1e-6)
+
+
 def grads_of(name: str, positive: np.ndarray, negatives: np.ndarray) -> tuple[jax.Array, jax.Array]:
   return jax.grad(lambda p, n: jnp.sum(LOSSES[name](p, n)), argnums=(0, 1))(positive, negatives)
 

@@ -13,7 +13,8 @@ from awrsr_jax.config import default
 from awrsr_jax.engine import objective as module
 from awrsr_jax.engine.objective import draw_shared, draw_unseen, objective, sum_in_chunks
 from awrsr_jax.model import losses
-from awrsr_jax.model.backbones import Hidden, SASRec
+from awrsr_jax.model.backbones import BACKBONES
+from awrsr_jax.model.hidden import Hidden
 
 ITEMS = 13
 COUNTS = np.array([5, 1, 3, 0, 2, 2, 7, 1, 1, 4, 1, 0, 6])  # training interactions of items 1 to 13
@@ -33,27 +34,28 @@ def batch_of(histories: list[list[int]], length: int) -> dict[str, jax.Array]:
 BATCH = batch_of(HISTORIES, length=5)
 
 
-def loss_of(name: str, negatives: str = "uniform", num_negatives: int = 8) -> Any:
+def loss_of(name: str, negatives: str = "uniform", num_negatives: int = 8, pvn_weight: float = 0.0) -> Any:
   loss = default().loss
-  loss.update({"name": name, "negatives": negatives, "num_negatives": num_negatives})
+  loss.update({"name": name, "negatives": negatives, "num_negatives": num_negatives, "pvn_weight": pvn_weight})
   return loss
 
 
 @functools.cache
-def build(dropout: float = 0.0) -> tuple[SASRec, Any]:
+def build(dropout: float = 0.0, backbone: str = "sasrec") -> tuple[Any, Any]:
   """Returns a backbone without blocks, which the objective cannot tell from others, and random parameters for it."""
   model = default().model
-  model.update({"width": 8, "layers": 0, "dropout": dropout, "table_multiple": 4})
-  backbone = SASRec(model, 5, ITEMS)
+  model.update({"backbone": backbone, "width": 8, "layers": 0, "dropout": dropout, "table_multiple": 4})
+  backbone = BACKBONES[backbone](model, 5, ITEMS)
   return backbone, random_params(backbone.init, BATCH["inputs"], scale=0.4)
 
 
-def evaluate(name: str, negatives: str = "uniform", batch: Any = None, dropout: float = 0.0, seed: int = 1) -> Any:
+def evaluate(name: str, negatives: str = "uniform", batch: Any = None, dropout: float = 0.0, seed: int = 1,
+             backbone: str = "sasrec", **loss: Any) -> Any:
   """Returns ((sum of the loss, number of targets), gradient); without jit, as one more compilation costs more here."""
-  backbone, params = build(dropout)
+  backbone, params = build(dropout, backbone)
   keys = {"dropout": jax.random.key(seed), "negatives": jax.random.key(2)}
   value = lambda params: objective(  # noqa: E731
-      backbone, params, batch or BATCH, CUMULATIVE, loss_of(name, negatives), keys)
+      backbone, params, batch or BATCH, CUMULATIVE, loss_of(name, negatives, **loss), keys)
   return jax.value_and_grad(value, has_aux=True)(params)
 
 
@@ -81,12 +83,23 @@ def loss_by_hand(loss: Any, scores_V: np.ndarray, target: int, negatives: np.nda
   return beta * softplus(-positive) + sum(softplus(x) for x in others)
 
 
+def scores_by_hand(backbone: Any, params: Any, hidden: Hidden) -> np.ndarray:
+  """Returns (..., V) scores of all rows, float64: dot products, or minus Wasserstein distances."""
+  if hidden.cov is None:
+    return np.float64(hidden.mean) @ np.float64(params["embedding"]["item_table"]).T
+  mean, cov = (np.float64(params[f"embedding_{stream}"]["item_table"]) for stream in ("mean", "cov"))
+  deviation = np.sqrt(np.where(cov > 0, cov + 1, np.exp(np.minimum(cov, 0))))
+  return -np.sum((np.float64(hidden.mean)[..., None, :] - mean) ** 2
+                 + (np.sqrt(np.float64(hidden.cov))[..., None, :] - deviation) ** 2, axis=-1)
+
+
+@pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
 @pytest.mark.parametrize("name, negatives", NAMES)
-def test_objective_is_the_sum_over_real_targets_and_their_number(name, negatives):
-  backbone, params = build()
+def test_objective_is_the_sum_over_real_targets_and_their_number(name, negatives, backbone):
+  (total, count), _ = evaluate(name, negatives, backbone=backbone)
+  backbone, params = build(backbone=backbone)
   loss = loss_of(name, negatives)
-  (total, count), _ = evaluate(name, negatives)
-  hidden = np.float64(backbone.apply({"params": params}, BATCH["inputs"], method="encode").mean)
+  scores = scores_by_hand(backbone, params, backbone.apply({"params": params}, BATCH["inputs"], method="encode"))
   inputs, targets = np.asarray(BATCH["inputs"]), np.asarray(BATCH["targets"])
   if name == "sampled_softmax":
     shared, _ = draw_shared(jax.random.key(2), loss, ITEMS, CUMULATIVE)
@@ -94,18 +107,36 @@ def test_objective_is_the_sum_over_real_targets_and_their_number(name, negatives
     assert np.any((drawn == targets[..., None]) & (targets > 0)[..., None])  # a collision is part of this test
   else:
     drawn = np.asarray(draw_unseen(jax.random.key(2), inputs, targets, 8, ITEMS))
-  wanted = sum(loss_by_hand(loss, params["embedding"]["item_table"] @ hidden[b, t], targets[b, t], drawn[b, t])
-               for b, t in np.argwhere(targets > 0))
+  wanted = sum(loss_by_hand(loss, scores[b, t], targets[b, t], drawn[b, t]) for b, t in np.argwhere(targets > 0))
   assert count == np.sum(targets > 0) == 8 and count.dtype == total.dtype == jnp.float32
   np.testing.assert_allclose(total, wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name, negatives", NAMES)
-def test_padded_targets_give_nothing_to_value_and_gradient(name, negatives):
-  _, grad = evaluate(name, negatives)
+@pytest.mark.parametrize("name", ["bpr", "bce", "gbce"])
+def test_pvn_adds_what_negatives_are_nearer_to_the_target_than_the_history_is(name):
+  backbone, params = build(backbone="stosa")
+  (plain, _), _ = evaluate(name, backbone="stosa")
+  (total, count), grad = evaluate(name, backbone="stosa", pvn_weight=0.5)
+  inputs, targets = np.asarray(BATCH["inputs"]), np.asarray(BATCH["targets"])
+  drawn = np.asarray(draw_unseen(jax.random.key(2), inputs, targets, 8, ITEMS))
+  scores = scores_by_hand(backbone, params, backbone.apply({"params": params}, inputs, method="encode"))
+  between = scores_by_hand(backbone, params, backbone.apply({"params": params}, targets, method="items"))
+  too_near = [np.maximum(between[b, t, drawn[b, t]] - scores[b, t, targets[b, t]], 0) for b, t in np.argwhere(targets)]
+  assert 0 < np.mean(np.array(too_near) > 0) <= 1 and count == 8
+  np.testing.assert_allclose(total - plain, 0.5 * np.sum(np.mean(too_near, axis=1)), rtol=1e-4)
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grad))
-  assert np.any(grad["embedding"]["item_table"]) and not np.any(grad["embedding"]["item_table"][0])
-  sums, grad = evaluate(name, negatives, {"inputs": BATCH["inputs"], "targets": jnp.zeros_like(BATCH["targets"])})
+
+
+@pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
+@pytest.mark.parametrize("name, negatives", NAMES)
+def test_padded_targets_give_nothing_to_value_and_gradient(name, negatives, backbone):
+  pvn = {"pvn_weight": 0.5} if (name, backbone) == ("bpr", "stosa") else {}
+  _, grad = evaluate(name, negatives, backbone=backbone, **pvn)
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grad))
+  for embedding in (tables for path, tables in grad.items() if path.startswith("embedding")):
+    assert np.any(embedding["item_table"]) and not np.any(embedding["item_table"][0])
+  no_targets = {"inputs": BATCH["inputs"], "targets": jnp.zeros_like(BATCH["targets"])}
+  sums, grad = evaluate(name, negatives, no_targets, backbone=backbone, **pvn)
   assert sums == (0, 0) and not any(np.any(leaf) for leaf in jax.tree.leaves(grad))  # NaN counts as any
 
 

@@ -13,7 +13,8 @@ from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as data_corpus
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine import ranking
-from awrsr_jax.model.backbones import Hidden, build_backbone
+from awrsr_jax.model.backbones import build_backbone
+from awrsr_jax.model.hidden import Hidden
 
 ITEMS, ROWS, WIDTH = 33, 40, 8  # 6 rows only fill the table
 

@@ -91,9 +91,12 @@ def test_a_damaged_best_checkpoint_is_named_at_the_end(small_config, tmp_path):
     train(small_config, tmp_path)
 
 
+@pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
 @pytest.mark.parametrize("name", ["softmax", "sampled_softmax", "bce", "bpr", "gbce"])
-def test_every_loss_takes_a_step_downhill(name, small_config):
+def test_every_loss_takes_a_step_downhill(name, backbone, small_config):
   small_config.loss.name = name
+  small_config.model.backbone = backbone
+  small_config.loss.pvn_weight = 0.001 if (name, backbone) == ("bpr", "stosa") else 0.0
   small_config.loss.num_negatives = 8
   small_config.train.learning_rate = 0.02
   small_config.model.dropout = 0.0

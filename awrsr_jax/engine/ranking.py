@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from awrsr_jax.data.batches import RankingBatches
 from awrsr_jax.engine.mesh import replicate, to_global
-from awrsr_jax.model.backbones import Hidden
+from awrsr_jax.model.hidden import Hidden
 
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
 PROTOCOLS = {

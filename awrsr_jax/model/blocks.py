@@ -1,8 +1,6 @@
 """The parts of a backbone: dropout, item and position embedding, attention with refinement, feed-forward, block.
 
-Attention and block come twice: for vectors (SASRec), and for Gaussians (STOSA) as a stream of means beside a stream of
-covariances. Shapes: B batch, L length of this batch, n longest length, D width, H heads, h = D / H; real_BxL is True
-on real items.
+Shapes: B batch, L length of this batch, n longest length, D width, H heads, h = D / H; real_BxL is True on real items.
 """
 
 from collections.abc import Callable
@@ -13,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from awrsr_jax.model.attention import attend, causal_mask, dot_scores
-from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein
 from awrsr_jax.model.refine import Refinement
 
 xavier = nn.initializers.xavier_normal()
@@ -38,6 +35,11 @@ def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Ar
   words = jax.random.bits(module.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
   as_bytes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., :x.shape[-1]]
   return jnp.where(as_bytes >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
+
+
+def attention_dropout(model: Any) -> float:
+  """Returns the rate that attention weights are dropped at."""
+  return model.dropout if model.attention_dropout is None else model.attention_dropout
 
 
 class Embedding(nn.Module):
@@ -92,42 +94,6 @@ class SelfAttention(nn.Module):
     return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name="out")(out_BxLxHxh.reshape(x_BxLxD.shape))
 
 
-class GaussianSelfAttention(nn.Module):
-  """Multi-head causal self-attention of Gaussians by their distance (STOSA, Fan et al. 2022), with refined weights.
-
-  scores -W2(q_i, k_j) / sqrt(h); means are summed by the weights, covariances by their squares: the law of a weighted
-  sum of independent Gaussians. The squares share the weights' dropout mask, and are scaled so that their mean stays
-  too [we define]; `faithful` squares the weights after dropout, 1 / (1 - rate) times more in training than in use.
-  """
-
-  heads: int
-  dropout: float  # of weights
-  dropout_out: float
-  dtype: Any
-  refinement: Refinement
-  initializer: Callable
-  faithful: bool
-
-  @nn.compact
-  def __call__(self, query: tuple[jax.Array, jax.Array], x: tuple[jax.Array, jax.Array], real_BxL: jax.Array,
-               train: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns (mean, covariance stream), both (B, L, D); query gives the queries, x keys and values, both such pairs."""
-    width = x[0].shape[-1]
-    dense = lambda name, x: nn.Dense(width, dtype=self.dtype, kernel_init=self.initializer, name=name)(x)  # noqa: E731
-    inputs = {"query": query, "key": x, "value": x}
-    (mean_q, cov_q), (mean_k, cov_k), (mean_v, cov_v) = (
-        (split_heads(dense(f"{role}_mean", mean), self.heads),
-         split_heads(covariance(dense(f"{role}_cov", cov)), self.heads)) for role, (mean, cov) in inputs.items())
-    distances_BxHxLxL = pairwise_wasserstein(*(jnp.moveaxis(x, 2, 1) for x in (mean_q, cov_q, mean_k, cov_k)))
-    scores_BxHxLxL = -distances_BxHxLxL * (width // self.heads) ** -0.5
-    weights = self.refinement(scores_BxHxLxL, causal_mask(real_BxL))
-    dropped = dropout(self, weights, self.dropout, train)
-    squares = dropped * (dropped if self.faithful else weights)
-    outs = (dense("out_mean", attend(dropped, mean_v).reshape(query[0].shape)),
-            dense("out_cov", attend(squares, cov_v).reshape(query[0].shape)))
-    return tuple(dropout(self, out, self.dropout_out, train) for out in outs)
-
-
 class FeedForward(nn.Module):
   """Two dense layers, applied to every position by itself."""
 
@@ -176,50 +142,3 @@ class Block(nn.Module):
         y = norm_2(x).astype(dtype)
         x = y + self.feed_forward(y, train)
     return x * real_BxL[..., None]
-
-
-def gaussian_norm(faithful: bool, name: str | None = None) -> nn.LayerNorm:
-  """Returns a layer norm; `faithful` has STOSA's epsilon, which counts for embeddings as small as its own, 0.02."""
-  return nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, name=name) if faithful else nn.LayerNorm(name=name)
-
-
-class GaussianBlock(nn.Module):
-  """The same block over two streams, means and covariances, that only attention brings together.
-
-  The covariance stream holds any real numbers; who reads a covariance from it takes ELU + 1. Each stream has layer
-  norms and a feed-forward of its own; `faithful` takes one norm for both around the attention.
-  """
-
-  attention: GaussianSelfAttention
-  feed_forward_mean: FeedForward
-  feed_forward_cov: FeedForward
-  norm: str
-  faithful: bool
-
-  @nn.compact
-  def __call__(self, streams: tuple[jax.Array, jax.Array], real_BxL: jax.Array,
-               train: bool) -> tuple[jax.Array, jax.Array]:
-    """Takes and returns (mean, covariance stream), both (B, L, D)."""
-    dtype = streams[0].dtype
-    norm = lambda name: gaussian_norm(self.faithful, name)  # noqa: E731
-    norms_1 = (norm("norm_attention"),) * 2 if self.faithful else (
-        norm("norm_attention_mean"), norm("norm_attention_cov"))
-    norms_2 = norm("norm_feed_forward_mean"), norm("norm_feed_forward_cov")
-    each = lambda layers, x: tuple(layer(x).astype(dtype) for layer, x in zip(layers, x, strict=True))  # noqa: E731
-    feed = lambda x: (self.feed_forward_mean(x[0], train), self.feed_forward_cov(x[1], train))  # noqa: E731
-    add = lambda x, y: tuple(x + y for x, y in zip(x, y, strict=True))  # noqa: E731
-    x = streams
-    match self.norm:
-      case "pre":
-        y = each(norms_1, x)
-        x = add(x, self.attention(y, y, real_BxL, train))
-        x = add(x, feed(each(norms_2, x)))
-      case "post":
-        x = each(norms_1, add(x, self.attention(x, x, real_BxL, train)))
-        x = each(norms_2, add(x, feed(x)))
-      case "query":
-        y = each(norms_1, x)
-        x = add(y, self.attention(y, x, real_BxL, train))
-        y = each(norms_2, x)
-        x = add(y, feed(y))
-    return x

@@ -1,0 +1,96 @@
+"""SASRec: histories and items are vectors, an item's score is a dot product.
+
+Shapes: B batch, L length, D width, K candidates, V rows of the item table, I items (numbers 1 to I; 0 is padding).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention, attention_dropout
+from awrsr_jax.model.hidden import Hidden, hide_other_rows, slice_rows, table_rows
+from awrsr_jax.model.refine import build_refinement
+
+
+class SASRec(nn.Module):
+  """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), with refined attention.
+
+  Attributes:
+    model: the `model` node of a finalized config.
+    max_length: n.
+    num_items: I.
+  """
+
+  model: Any
+  max_length: int
+  num_items: int
+
+  @property
+  def num_rows(self) -> int:
+    """V."""
+    return table_rows(self.num_items, self.model.table_multiple)
+
+  def setup(self) -> None:
+    model, dtype = self.model, jnp.dtype(self.model.dtype)
+    self.embedding = Embedding(self.num_rows, self.max_length, model.width, model.dropout, dtype)
+    self.blocks = [
+        Block(attention=SelfAttention(model.heads, attention_dropout(model), dtype,
+                                      build_refinement(model, self.max_length)),
+              feed_forward=FeedForward(model.ffn_width, model.activation, model.dropout, dtype), norm=model.norm)
+        for _ in range(model.layers)]
+    self.norm_out = nn.LayerNorm() if model.norm != "post" else lambda x: x  # post-norm blocks end normalised
+
+  def __call__(self, inputs_BxL: jax.Array) -> jax.Array:
+    """Touches every parameter (for initialisation). Returns (B, L, V)."""
+    return self.score_all(self.encode(inputs_BxL))
+
+  def encode(self, inputs_BxL: jax.Array, train: bool = False) -> Hidden:
+    """Encodes left-padded histories.
+
+    Args:
+      inputs_BxL: int32 item numbers, L <= n, 0 is padding.
+      train: True applies dropout and needs a key for "dropout".
+
+    Returns:
+      Hidden with mean (B, L, D) float32: position t knows items up to t. Padded positions hold no information.
+    """
+    real_BxL = inputs_BxL > 0
+    x_BxLxD = self.embedding(inputs_BxL, train)
+    for block in self.blocks:
+      x_BxLxD = block(x_BxLxD, real_BxL, train)
+    return Hidden(mean=self.norm_out(x_BxLxD).astype(jnp.float32))
+
+  def items(self, numbers: jax.Array) -> Hidden:
+    """Returns the items (...) themselves as a hidden state, mean (..., D): their vectors."""
+    return Hidden(mean=self.embedding.item_table[numbers])
+
+  def score(self, hidden: Hidden, items: jax.Array) -> jax.Array:
+    """Scores chosen items: the dot product of hidden state and item vector.
+
+    Args:
+      hidden: mean (..., D).
+      items: int32, (K,) the same candidates for every hidden state, or (..., K) for each its own.
+
+    Returns:
+      (..., K) float32.
+    """
+    table = self.embedding.item_table[items]
+    if items.ndim == 1:
+      return jnp.einsum("...d,kd->...k", hidden.mean, table)
+    return jnp.einsum("...d,...kd->...k", hidden.mean, table)
+
+  def score_all(self, hidden: Hidden, first: int | jax.Array = 0, count: int | None = None) -> jax.Array:
+    """Scores `count` consecutive table rows from row `first` on (None: the whole table).
+
+    Args:
+      hidden: mean (..., D).
+      first: row of the first score; may be traced.
+      count: static.
+
+    Returns:
+      (..., count) float32; -inf for row 0 and for rows that only fill the table.
+    """
+    table = slice_rows(self.embedding.item_table, first, count)
+    return hide_other_rows(jnp.einsum("...d,kd->...k", hidden.mean, table), first, self.num_items)

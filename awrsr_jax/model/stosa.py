@@ -1,0 +1,234 @@
+"""STOSA: histories and items are Gaussians, an item's score is minus a Wasserstein distance.
+
+Two streams of vectors run side by side, one for means and one for covariances, and meet in attention only.
+Shapes: B batch, L length, D width, H heads, h = D / H, K candidates, V rows of the item table, I items (numbers 1 to I;
+0 is padding).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from awrsr_jax.model.attention import attend, causal_mask
+from awrsr_jax.model.blocks import Embedding, FeedForward, attention_dropout, dropout, split_heads, xavier
+from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein, wasserstein
+from awrsr_jax.model.hidden import Hidden, hide_other_rows, slice_rows, table_rows
+from awrsr_jax.model.refine import Refinement, build_refinement
+
+
+class GaussianSelfAttention(nn.Module):
+  """Multi-head causal self-attention of Gaussians by their distance (STOSA, Fan et al. 2022), with refined weights.
+
+  scores -W2(q_i, k_j) / sqrt(h); means are summed by the weights, covariances by their squares: the law of a weighted
+  sum of independent Gaussians. The squares share the weights' dropout mask, and are scaled so that their mean stays
+  too [we define]; `faithful` squares the weights after dropout, 1 / (1 - rate) times more in training than in use.
+  """
+
+  heads: int
+  dropout: float  # of weights
+  dropout_out: float
+  dtype: Any
+  refinement: Refinement
+  initializer: Callable
+  faithful: bool
+
+  @nn.compact
+  def __call__(self, query: tuple[jax.Array, jax.Array], x: tuple[jax.Array, jax.Array], real_BxL: jax.Array,
+               train: bool) -> tuple[jax.Array, jax.Array]:
+    """Takes and returns pairs (mean, covariance stream), (B, L, D); query gives the queries, x keys and values."""
+    width = x[0].shape[-1]
+    dense = lambda name, x: nn.Dense(width, dtype=self.dtype, kernel_init=self.initializer, name=name)(x)  # noqa: E731
+    inputs = {"query": query, "key": x, "value": x}
+    (mean_q, cov_q), (mean_k, cov_k), (mean_v, cov_v) = (
+        (split_heads(dense(f"{role}_mean", mean), self.heads),
+         split_heads(covariance(dense(f"{role}_cov", cov)), self.heads)) for role, (mean, cov) in inputs.items())
+    distances_BxHxLxL = pairwise_wasserstein(*(jnp.moveaxis(x, 2, 1) for x in (mean_q, cov_q, mean_k, cov_k)))
+    scores_BxHxLxL = -distances_BxHxLxL * (width // self.heads) ** -0.5
+    weights = self.refinement(scores_BxHxLxL, causal_mask(real_BxL))
+    dropped = dropout(self, weights, self.dropout, train)
+    squares = dropped * (dropped if self.faithful else weights)
+    outs = (dense("out_mean", attend(dropped, mean_v).reshape(query[0].shape)),
+            dense("out_cov", attend(squares, cov_v).reshape(query[0].shape)))
+    return tuple(dropout(self, out, self.dropout_out, train) for out in outs)
+
+
+def gaussian_norm(faithful: bool, name: str | None = None) -> nn.LayerNorm:
+  """Returns a layer norm; `faithful` has STOSA's epsilon, which counts for embeddings as small as its own, 0.02."""
+  return nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, name=name) if faithful else nn.LayerNorm(name=name)
+
+
+class GaussianBlock(nn.Module):
+  """The same block over two streams, means and covariances, that only attention brings together.
+
+  The covariance stream holds any real numbers; who reads a covariance from it takes ELU + 1. Each stream has layer
+  norms and a feed-forward of its own; `faithful` takes one norm for both around the attention.
+  """
+
+  attention: GaussianSelfAttention
+  feed_forward_mean: FeedForward
+  feed_forward_cov: FeedForward
+  norm: str
+  faithful: bool
+
+  @nn.compact
+  def __call__(self, streams: tuple[jax.Array, jax.Array], real_BxL: jax.Array,
+               train: bool) -> tuple[jax.Array, jax.Array]:
+    """Takes and returns (mean, covariance stream), both (B, L, D)."""
+    dtype = streams[0].dtype
+    norm = lambda name: gaussian_norm(self.faithful, name)  # noqa: E731
+    norms_1 = (norm("norm_attention"),) * 2 if self.faithful else (
+        norm("norm_attention_mean"), norm("norm_attention_cov"))
+    norms_2 = norm("norm_feed_forward_mean"), norm("norm_feed_forward_cov")
+    each = lambda layers, x: tuple(layer(x).astype(dtype) for layer, x in zip(layers, x, strict=True))  # noqa: E731
+    feed = lambda x: (self.feed_forward_mean(x[0], train), self.feed_forward_cov(x[1], train))  # noqa: E731
+    add = lambda x, y: tuple(x + y for x, y in zip(x, y, strict=True))  # noqa: E731
+    x = streams
+    match self.norm:
+      case "pre":
+        y = each(norms_1, x)
+        x = add(x, self.attention(y, y, real_BxL, train))
+        x = add(x, feed(each(norms_2, x)))
+      case "post":
+        x = each(norms_1, add(x, self.attention(x, x, real_BxL, train)))
+        x = each(norms_2, add(x, feed(x)))
+      case "query":
+        y = each(norms_1, x)
+        x = add(y, self.attention(y, x, real_BxL, train))
+        y = each(norms_2, x)
+        x = add(y, feed(y))
+    return x
+
+
+class STOSA(nn.Module):
+  """Stochastic self-attention (Fan et al., WWW 2022), with refined attention: histories and items are Gaussians.
+
+  A stream of means and one of covariances run side by side, each like a SASRec of its own, and meet in attention by
+  Wasserstein distance. An item's score is minus its distance to the hidden state.
+
+  `model.faithful` is the published network, defects and all (zfan20/STOSA at 1f00ecb): both streams start as
+  ELU(dropout(LayerNorm(item + position))), plus 1 for the covariance; they share that norm and the one after the
+  attention; the covariance passes ELU + 1 after each block; weights start with mean .01 and deviation .02. And the mean
+  that a block computes is lost (a misspelt variable): the mean of the FIRST input goes into every block and comes out
+  at the end, so attention, and its refinement, reach the covariance only.
+
+  Attributes:
+    model: the `model` node of a finalized config.
+    max_length: n.
+    num_items: I.
+  """
+
+  model: Any
+  max_length: int
+  num_items: int
+
+  @property
+  def num_rows(self) -> int:
+    """V."""
+    return table_rows(self.num_items, self.model.table_multiple)
+
+  def setup(self) -> None:
+    model, dtype = self.model, jnp.dtype(self.model.dtype)
+    init = published if model.faithful else xavier
+    embedding = lambda: Embedding(self.num_rows, self.max_length, model.width, model.dropout, dtype, init)  # noqa: E731
+    feed_forward = lambda: FeedForward(  # noqa: E731
+        model.ffn_width, model.activation, model.dropout, dtype, init, dropout_inside=not model.faithful)
+    self.embedding_mean, self.embedding_cov = embedding(), embedding()
+    self.blocks = [
+        GaussianBlock(
+            attention=GaussianSelfAttention(model.heads, attention_dropout(model), model.dropout, dtype,
+                                            build_refinement(model, self.max_length), init, model.faithful),
+            feed_forward_mean=feed_forward(), feed_forward_cov=feed_forward(), norm=model.norm,
+            faithful=model.faithful)
+        for _ in range(model.layers)]
+    if model.faithful:
+      self.norm_in = gaussian_norm(faithful=True)
+    elif model.norm != "post":
+      self.norm_out_mean, self.norm_out_cov = gaussian_norm(faithful=False), gaussian_norm(faithful=False)
+
+  def __call__(self, inputs_BxL: jax.Array) -> jax.Array:
+    """Touches every parameter (for initialisation). Returns (B, L, V)."""
+    return self.score_all(self.encode(inputs_BxL))
+
+  def encode(self, inputs_BxL: jax.Array, train: bool = False) -> Hidden:
+    """Encodes left-padded histories.
+
+    Args:
+      inputs_BxL: int32 item numbers, L <= n, 0 is padding.
+      train: True applies dropout and needs a key for "dropout".
+
+    Returns:
+      Hidden with mean and cov (B, L, D) float32: position t knows items up to t. Padded positions are mean 0, cov 1.
+    """
+    mean, cov = self._encode_as_published(inputs_BxL, train) if self.model.faithful else self._encode(inputs_BxL, train)
+    real = (inputs_BxL > 0)[..., None]
+    return Hidden(mean=jnp.where(real, mean.astype(jnp.float32), 0), cov=jnp.where(real, cov, 1))
+
+  def _encode(self, inputs_BxL: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+    streams = self.embedding_mean(inputs_BxL, train), self.embedding_cov(inputs_BxL, train)
+    for block in self.blocks:
+      streams = block(streams, inputs_BxL > 0, train)
+    mean, cov = streams
+    if self.model.norm == "post":
+      return mean, covariance(cov)
+    return self.norm_out_mean(mean), covariance(self.norm_out_cov(cov))
+
+  def _encode_as_published(self, inputs_BxL: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+    def embed(embedding: Embedding) -> jax.Array:
+      x_BxLxD = self.norm_in(embedding.add_positions(inputs_BxL, scale=1.0))
+      return dropout(self, x_BxLxD, self.model.dropout, train)
+    dtype = jnp.dtype(self.model.dtype)
+    mean, cov = nn.elu(embed(self.embedding_mean)), covariance(embed(self.embedding_cov))
+    for block in self.blocks:
+      _, cov = block((mean.astype(dtype), cov.astype(dtype)), inputs_BxL > 0, train)
+      cov = covariance(cov)
+    return mean, cov
+
+  def items(self, numbers: jax.Array) -> Hidden:
+    """Returns the items (...) themselves as a hidden state: mean and cov (..., D)."""
+    return Hidden(mean=self.embedding_mean.item_table[numbers],
+                  cov=covariance(self.embedding_cov.item_table[numbers]))
+
+  def score(self, hidden: Hidden, items: jax.Array) -> jax.Array:
+    """Scores chosen items: minus the squared Wasserstein distance of hidden state and item.
+
+    Args:
+      hidden: mean and cov (..., D).
+      items: int32, (K,) the same candidates for every hidden state, or (..., K) for each its own.
+
+    Returns:
+      (..., K) float32, never positive.
+    """
+    candidates = self.items(items)
+    if items.ndim == 1:
+      return minus_distances(hidden, candidates.mean, candidates.cov)
+    return -wasserstein(hidden.mean[..., None, :], hidden.cov[..., None, :], candidates.mean, candidates.cov)
+
+  def score_all(self, hidden: Hidden, first: int | jax.Array = 0, count: int | None = None) -> jax.Array:
+    """Scores `count` consecutive table rows from row `first` on (None: the whole table).
+
+    Args:
+      hidden: mean and cov (..., D).
+      first: row of the first score; may be traced.
+      count: static.
+
+    Returns:
+      (..., count) float32, never positive; -inf for row 0 and for rows that only fill the table.
+    """
+    mean, cov = (slice_rows(table, first, count)
+                 for table in (self.embedding_mean.item_table, self.embedding_cov.item_table))
+    return hide_other_rows(minus_distances(hidden, mean, covariance(cov)), first, self.num_items)
+
+
+def published(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+  """Draws weights as the published STOSA does: normal with mean .01 and deviation .02."""
+  return 0.01 + 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def minus_distances(hidden: Hidden, mean_KxD: jax.Array, cov_KxD: jax.Array) -> jax.Array:
+  """Returns (..., K): minus the squared Wasserstein distance of every hidden state (..., D) to K Gaussians."""
+  flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), hidden)
+  distances = pairwise_wasserstein(flat.mean, flat.cov, mean_KxD, cov_KxD)
+  return -distances.reshape(*hidden.mean.shape[:-1], len(mean_KxD))
