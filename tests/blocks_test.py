@@ -159,17 +159,17 @@ def test_dropout_does_not_depend_on_the_sharding(spec, width):
 @pytest.mark.parametrize("length", [5, 3])
 def test_embedding_is_scaled_items_plus_positions_from_the_end_and_zero_where_padded(length):
   inputs = INPUTS[:, -length:]
-  embedding = Embedding(rows=8, max_length=N, width=WIDTH, dropout=0.5, dtype=jnp.float32)
+  embedding = Embedding(rows=8, max_length=N, width=WIDTH, dropout=0.5, dtype=jnp.float32, scale=3.0)
   params = random_params(lambda key, x: embedding.init(key, x, False), inputs)
   found = embedding.apply({"params": params}, inputs, False)
   for b, column in np.ndindex(inputs.shape):
     item, from_end = inputs[b, column], length - column
-    wanted = params["item_table"][item] * WIDTH ** 0.5 + params["position_table"][N - from_end]
+    wanted = params["item_table"][item] * 3 + params["position_table"][N - from_end]
     np.testing.assert_allclose(found[b, column], wanted * (item > 0), atol=1e-6)
 
 
 def test_embedding_drops_entries_in_training_only():
-  embedding = Embedding(rows=8, max_length=N, width=WIDTH, dropout=0.5, dtype=jnp.bfloat16)
+  embedding = Embedding(rows=8, max_length=N, width=WIDTH, dropout=0.5, dtype=jnp.bfloat16, scale=3.0)
   params = random_params(lambda key, x: embedding.init(key, x, False), INPUTS)
   out = np.asarray(embedding.apply({"params": params}, INPUTS, True, rngs={"dropout": jax.random.key(0)}))
   assert out.dtype == jnp.bfloat16

@@ -67,7 +67,7 @@ def test_every_config_file_is_accepted(path):
 
 def test_the_named_config_files_exist():
   names = {path.stem for path in (ROOT / "configs").glob("*.py")}
-  assert names >= {"ml1m", "ml100k", "beauty", "sports", "synthetic"}
+  assert names >= {"ml1m", "ml100k", "beauty", "sports", "synthetic", "beauty_stosa", "ml1m_stosa"}
 
 
 def test_a_finalized_config_is_frozen_and_is_a_copy():

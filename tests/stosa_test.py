@@ -90,10 +90,10 @@ def encode_by_loops(backbone: STOSA, params: Any, inputs_L: np.ndarray) -> tuple
   def embed(stream: str) -> np.ndarray:
     tables, x = params[f"embedding_{stream}"], np.zeros((length, WIDTH))
     for column, item in enumerate(inputs_L):
-      if item > 0 or model.faithful:
-        scale = 1 if model.faithful else WIDTH ** 0.5
-        x[column] = np.float64(tables["item_table"][item]) * scale + tables["position_table"][N - length + column]
-    return elu_by_loops(norm_by_loops(params["norm_in"], x, 1e-12)) if model.faithful else x
+      x[column] = np.float64(tables["item_table"][item]) + tables["position_table"][N - length + column]
+    norm, epsilon = (params["norm_in"], 1e-12) if model.faithful else (tables["norm"], 1e-6)
+    x = norm_by_loops(norm, x, epsilon) * real_L[:, None]
+    return elu_by_loops(x) if model.faithful else x
   x = embed("mean"), embed("cov") + (1 if model.faithful else 0)
   for layer in range(model.layers):
     out, weights = block_by_loops(params[f"blocks_{layer}"], model, x, real_L)
@@ -140,8 +140,9 @@ def test_the_published_network_loses_the_mean_of_every_block_and_ours_does_not()
     assert np.any(before.mean != after.mean) == moves
 
 
-def test_published_weights_start_with_mean_01_and_deviation_02():
-  backbone, _ = build("none", 1, "post", "published", width=64, ffn_width=256)
+@pytest.mark.parametrize("kind", ["stosa", "published"])
+def test_weights_start_with_mean_01_and_deviation_02(kind):
+  backbone, _ = build("none", 1, "post", kind, width=64, ffn_width=256)
   params = backbone.init(jax.random.key(0), INPUTS)["params"]
   kernels = np.concatenate([np.ravel(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
                             if path[-1].key in ("kernel", "item_table", "position_table")])
@@ -265,7 +266,7 @@ def test_published_weights_give_the_published_values():
 
 
 def to_torch(params: Any) -> dict[str, np.ndarray]:
-  """Returns parameters of a published STOSA under torch's names, written out one by one."""
+  """Returns parameters of a published STOSA of two layers under torch's names."""
   arrays = {"user_margins.weight": np.zeros((5, 1)), "LayerNorm.weight": params["norm_in"]["scale"],
             "LayerNorm.bias": params["norm_in"]["bias"]}
   for stream in ("mean", "cov"):

@@ -53,6 +53,8 @@ class Embedding(nn.Module):
   width: int
   dropout: float
   dtype: Any
+  scale: float  # of item vectors
+  norm: nn.Module | None = None  # of the sum
   initializer: Callable = xavier
 
   def setup(self) -> None:
@@ -60,14 +62,11 @@ class Embedding(nn.Module):
     self.position_table = self.param("position_table", self.initializer, (self.max_length, self.width))
 
   def __call__(self, inputs_BxL: jax.Array, train: bool) -> jax.Array:
-    """Returns x_BxLxD: item vectors times sqrt(D) plus positions, 0 where padded."""
-    x_BxLxD = self.add_positions(inputs_BxL, scale=self.width ** 0.5).astype(self.dtype)
-    return dropout(self, x_BxLxD, self.dropout, train) * (inputs_BxL > 0)[..., None]
-
-  def add_positions(self, inputs_BxL: jax.Array, scale: float) -> jax.Array:
-    """Returns (B, L, D) float32: item vectors times `scale` plus positions, padded columns like any other."""
+    """Returns x_BxLxD: scaled item vectors plus positions, normalised where there is a norm, 0 where padded."""
     positions = self.position_table[self.max_length - inputs_BxL.shape[-1]:]
-    return self.item_table[inputs_BxL] * scale + positions[None]
+    x_BxLxD = self.item_table[inputs_BxL] * self.scale + positions[None]
+    x_BxLxD = (self.norm(x_BxLxD) if self.norm else x_BxLxD).astype(self.dtype)
+    return dropout(self, x_BxLxD, self.dropout, train) * (inputs_BxL > 0)[..., None]
 
 
 def split_heads(x_BxLxD: jax.Array, heads: int) -> jax.Array:

@@ -34,7 +34,8 @@ class SASRec(nn.Module):
 
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
-    self.embedding = Embedding(self.num_rows, self.max_length, model.width, model.dropout, dtype)
+    self.embedding = Embedding(self.num_rows, self.max_length, model.width, model.dropout, dtype,
+                               scale=model.width ** 0.5)
     self.blocks = [
         Block(attention=SelfAttention(model.heads, attention_dropout(model), dtype,
                                       build_refinement(model, self.max_length)),

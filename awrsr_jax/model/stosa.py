@@ -5,7 +5,6 @@ Shapes: B batch, L length, D width, H heads, h = D / H, K candidates, V rows of 
 0 is padding).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +12,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from awrsr_jax.model.attention import attend, causal_mask
-from awrsr_jax.model.blocks import Embedding, FeedForward, attention_dropout, dropout, split_heads, xavier
+from awrsr_jax.model.blocks import Embedding, FeedForward, attention_dropout, dropout, split_heads
 from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein, wasserstein
 from awrsr_jax.model.hidden import Hidden, hide_other_rows, slice_rows, table_rows
 from awrsr_jax.model.refine import Refinement, build_refinement
+
+
+def initializer(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+  """Draws weights as the published STOSA does: normal with mean .01 and deviation .02."""
+  return 0.01 + 0.02 * jax.random.normal(key, shape, dtype)
 
 
 class GaussianSelfAttention(nn.Module):
@@ -32,7 +36,6 @@ class GaussianSelfAttention(nn.Module):
   dropout_out: float
   dtype: Any
   refinement: Refinement
-  initializer: Callable
   faithful: bool
 
   @nn.compact
@@ -40,7 +43,7 @@ class GaussianSelfAttention(nn.Module):
                train: bool) -> tuple[jax.Array, jax.Array]:
     """Takes and returns pairs (mean, covariance stream), (B, L, D); query gives the queries, x keys and values."""
     width = x[0].shape[-1]
-    dense = lambda name, x: nn.Dense(width, dtype=self.dtype, kernel_init=self.initializer, name=name)(x)  # noqa: E731
+    dense = lambda name, x: nn.Dense(width, dtype=self.dtype, kernel_init=initializer, name=name)(x)  # noqa: E731
     inputs = {"query": query, "key": x, "value": x}
     (mean_q, cov_q), (mean_k, cov_k), (mean_v, cov_v) = (
         (split_heads(dense(f"{role}_mean", mean), self.heads),
@@ -131,22 +134,25 @@ class STOSA(nn.Module):
 
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
-    init = published if model.faithful else xavier
-    embedding = lambda: Embedding(self.num_rows, self.max_length, model.width, model.dropout, dtype, init)  # noqa: E731
+    norm = lambda: gaussian_norm(model.faithful)  # noqa: E731
+    embedding = lambda norm: Embedding(  # noqa: E731
+        self.num_rows, self.max_length, model.width, model.dropout, dtype, 1.0, norm, initializer)
     feed_forward = lambda: FeedForward(  # noqa: E731
-        model.ffn_width, model.activation, model.dropout, dtype, init, dropout_inside=not model.faithful)
-    self.embedding_mean, self.embedding_cov = embedding(), embedding()
+        model.ffn_width, model.activation, model.dropout, dtype, initializer, dropout_inside=False)
+    if model.faithful:
+      self.norm_in = norm()
+    norms_in = (self.norm_in,) * 2 if model.faithful else (norm(), norm())
+    self.embedding_mean, self.embedding_cov = (embedding(norm_in) for norm_in in norms_in)
     self.blocks = [
         GaussianBlock(
             attention=GaussianSelfAttention(model.heads, attention_dropout(model), model.dropout, dtype,
-                                            build_refinement(model, self.max_length), init, model.faithful),
+                                            build_refinement(model, self.max_length), model.faithful),
             feed_forward_mean=feed_forward(), feed_forward_cov=feed_forward(), norm=model.norm,
             faithful=model.faithful)
         for _ in range(model.layers)]
-    if model.faithful:
-      self.norm_in = gaussian_norm(faithful=True)
-    elif model.norm != "post":
-      self.norm_out_mean, self.norm_out_cov = gaussian_norm(faithful=False), gaussian_norm(faithful=False)
+    if not model.faithful:
+      norm_out = norm if model.norm != "post" else lambda: lambda x: x  # post-norm blocks end normalised
+      self.norm_out_mean, self.norm_out_cov = norm_out(), norm_out()
 
   def __call__(self, inputs_BxL: jax.Array) -> jax.Array:
     """Touches every parameter (for initialisation). Returns (B, L, V)."""
@@ -162,29 +168,20 @@ class STOSA(nn.Module):
     Returns:
       Hidden with mean and cov (B, L, D) float32: position t knows items up to t. Padded positions are mean 0, cov 1.
     """
-    mean, cov = self._encode_as_published(inputs_BxL, train) if self.model.faithful else self._encode(inputs_BxL, train)
-    real = (inputs_BxL > 0)[..., None]
+    faithful, real = self.model.faithful, inputs_BxL > 0
+    mean, cov = self.embedding_mean(inputs_BxL, train), self.embedding_cov(inputs_BxL, train)
+    if faithful:
+      mean, cov = nn.elu(mean), covariance(cov)
+    for block in self.blocks:
+      block_mean, cov = block((mean, cov), real, train)
+      if faithful:
+        cov = covariance(cov)
+      else:
+        mean = block_mean
+    if not faithful:
+      mean, cov = self.norm_out_mean(mean), covariance(self.norm_out_cov(cov))
+    real = real[..., None]
     return Hidden(mean=jnp.where(real, mean.astype(jnp.float32), 0), cov=jnp.where(real, cov, 1))
-
-  def _encode(self, inputs_BxL: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-    streams = self.embedding_mean(inputs_BxL, train), self.embedding_cov(inputs_BxL, train)
-    for block in self.blocks:
-      streams = block(streams, inputs_BxL > 0, train)
-    mean, cov = streams
-    if self.model.norm == "post":
-      return mean, covariance(cov)
-    return self.norm_out_mean(mean), covariance(self.norm_out_cov(cov))
-
-  def _encode_as_published(self, inputs_BxL: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-    def embed(embedding: Embedding) -> jax.Array:
-      x_BxLxD = self.norm_in(embedding.add_positions(inputs_BxL, scale=1.0))
-      return dropout(self, x_BxLxD, self.model.dropout, train)
-    dtype = jnp.dtype(self.model.dtype)
-    mean, cov = nn.elu(embed(self.embedding_mean)), covariance(embed(self.embedding_cov))
-    for block in self.blocks:
-      _, cov = block((mean.astype(dtype), cov.astype(dtype)), inputs_BxL > 0, train)
-      cov = covariance(cov)
-    return mean, cov
 
   def items(self, numbers: jax.Array) -> Hidden:
     """Returns the items (...) themselves as a hidden state: mean and cov (..., D)."""
@@ -220,11 +217,6 @@ class STOSA(nn.Module):
     mean, cov = (slice_rows(table, first, count)
                  for table in (self.embedding_mean.item_table, self.embedding_cov.item_table))
     return hide_other_rows(minus_distances(hidden, mean, covariance(cov)), first, self.num_items)
-
-
-def published(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-  """Draws weights as the published STOSA does: normal with mean .01 and deviation .02."""
-  return 0.01 + 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def minus_distances(hidden: Hidden, mean_KxD: jax.Array, cov_KxD: jax.Array) -> jax.Array:
