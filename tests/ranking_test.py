@@ -107,6 +107,27 @@ def test_ranks_equal_a_loop_for_any_block_size_with_ties_repeats_and_seen_target
     assert got.dtype == np.float32
 
 
+@pytest.mark.parametrize("block", [7, 40])
+def test_gaussians_rank_by_their_distance(block):
+  config = default()
+  config.model.update({"backbone": "stosa", "width": WIDTH, "layers": 0, "table_multiple": 8})
+  backbone = build_backbone(config, ITEMS)
+  rng = np.random.default_rng(3)
+  params = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
+  draw = lambda: rng.normal(size=(backbone.num_rows, WIDTH))  # noqa: E731
+  means, covs = draw(), draw()
+  params |= {f"embedding_{stream}": params[f"embedding_{stream}"] | {"item_table": jnp.float32(table)}
+             for stream, table in (("mean", means), ("cov", covs))}
+  mean, cov = rng.normal(size=(24, WIDTH)), rng.uniform(0.1, 2, size=(24, WIDTH))
+  _, _, target, seen = integer_case(True)
+  roots = np.sqrt(np.where(covs > 0, covs + 1, np.exp(np.minimum(covs, 0))))
+  scores = -np.sum((mean[:, None] - means) ** 2 + (np.sqrt(cov)[:, None] - roots) ** 2, axis=-1)[:, :ITEMS + 1]
+  hidden = Hidden(mean=jnp.float32(mean), cov=jnp.float32(cov))
+  ranks = jax.jit(lambda *args: ranking.rank_among_all(backbone, params, *args, block))
+  np.testing.assert_array_equal(ranks(hidden, jnp.int32(target), jnp.int32(seen)),
+                                [loop_rank(*row) for row in zip(scores, target.tolist(), seen.tolist(), strict=True)])
+
+
 def test_rows_that_fill_the_table_never_rank(backbone, params):
   table, mean, target, seen = integer_case(True)
   ranks = []

@@ -56,6 +56,16 @@ def test_result_is_of_the_best_checkpoint(finished):
   assert result["valid"]["ndcg@10"] == valid[result["best_step"]]
 
 
+def test_a_published_stosa_learns_and_says_what_it_is(small_config, tmp_path):
+  small_config.model.update({"backbone": "stosa", "refine": "stochastic", "faithful": True, "norm": "post",
+                             "activation": "elu", "ffn_width": 32})
+  small_config.loss.update({"name": "bpr", "num_negatives": 4, "pvn_weight": 0.001})
+  small_config.train.epochs, small_config.eval.every_epochs, small_config.train.learning_rate = 40, 10, 0.01
+  result = train(small_config, tmp_path)
+  assert result["valid"]["ndcg@10"] > 0.15  # chance is about 0.11
+  assert (result["backbone"], result["refine"], result["loss"]) == ("stosa", "stochastic", "bpr")
+
+
 def test_patience_stops_the_run(small_config, tmp_path):
   small_config.train.epochs = 200
   small_config.train.patience = 2
