@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.dropout = 0.2
   config.model.attention_dropout = 0.5
   config.model.refine = "none"
+  config.model.awr.rank = 16  # the width of a head
   config.loss.name = "bpr"
   config.loss.num_negatives = 1
   config.loss.pvn_weight = 0.001
