@@ -164,6 +164,20 @@ def test_dropped_weights_keep_the_mean_of_the_covariance_and_published_ones_do_n
   np.testing.assert_allclose(found, wanted * scale, rtol=0.1)
 
 
+@pytest.mark.parametrize("kind", ["stosa", "published"])
+def test_dropout_acts_on_inputs_and_on_what_attention_and_feed_forward_give_and_nowhere_else(kind):
+  backbone, params = build("none", 1, "post", kind, layers=1, dropout=0.5, attention_dropout=0.0)
+  inputs = np.tile(INPUTS[:1], (64, 1))
+  _, kept = backbone.apply({"params": params}, inputs, True, method="encode", rngs={"dropout": jax.random.key(0)},
+                           capture_intermediates=True)
+  block = kept["intermediates"]["blocks_0"]
+  outputs = [kept["intermediates"][f"embedding_{stream}"] for stream in ("mean", "cov")]
+  outputs += [block["attention"], block["feed_forward_mean"], block["feed_forward_cov"]]
+  for out in jax.tree.leaves([output["__call__"] for output in outputs]):
+    np.testing.assert_allclose(np.mean(np.asarray(out) == 0), 0.5, atol=0.05)
+  assert not backbone.bind({"params": params}).blocks[0].feed_forward_mean.dropout_inside
+
+
 def test_streams_share_the_dropout_of_weights():
   backbone, params = build("none", 1, "post", "stosa", layers=1, heads=1, dropout=0.0, attention_dropout=0.5)
   inputs = np.tile(np.array([[0, 0, 0, 0, 3]], np.int32), (256, 1))

@@ -17,6 +17,8 @@ from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein, wasserste
 from awrsr_jax.model.hidden import Hidden, hide_other_rows, slice_rows, table_rows
 from awrsr_jax.model.refine import Refinement, build_refinement
 
+Streams = tuple[jax.Array, jax.Array]  # means and covariances, both (B, L, D)
+
 
 def initializer(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
   """Draws weights as the published STOSA does: normal with mean .01 and deviation .02."""
@@ -39,9 +41,8 @@ class GaussianSelfAttention(nn.Module):
   faithful: bool
 
   @nn.compact
-  def __call__(self, query: tuple[jax.Array, jax.Array], x: tuple[jax.Array, jax.Array], real_BxL: jax.Array,
-               train: bool) -> tuple[jax.Array, jax.Array]:
-    """Takes and returns pairs (mean, covariance stream), (B, L, D); query gives the queries, x keys and values."""
+  def __call__(self, query: Streams, x: Streams, real_BxL: jax.Array, train: bool) -> Streams:
+    """`query` gives the queries, `x` keys and values."""
     width = x[0].shape[-1]
     dense = lambda name, x: nn.Dense(width, dtype=self.dtype, kernel_init=initializer, name=name)(x)  # noqa: E731
     inputs = {"query": query, "key": x, "value": x}
@@ -64,7 +65,7 @@ def gaussian_norm(faithful: bool, name: str | None = None) -> nn.LayerNorm:
 
 
 class GaussianBlock(nn.Module):
-  """The same block over two streams, means and covariances, that only attention brings together.
+  """The block of blocks.py over two streams, that only attention brings together; `norm` places norms as it does there.
 
   The covariance stream holds any real numbers; who reads a covariance from it takes ELU + 1. Each stream has layer
   norms and a feed-forward of its own; `faithful` takes one norm for both around the attention.
@@ -77,10 +78,8 @@ class GaussianBlock(nn.Module):
   faithful: bool
 
   @nn.compact
-  def __call__(self, streams: tuple[jax.Array, jax.Array], real_BxL: jax.Array,
-               train: bool) -> tuple[jax.Array, jax.Array]:
-    """Takes and returns (mean, covariance stream), both (B, L, D)."""
-    dtype = streams[0].dtype
+  def __call__(self, x: Streams, real_BxL: jax.Array, train: bool) -> Streams:
+    dtype = x[0].dtype
     norm = lambda name: gaussian_norm(self.faithful, name)  # noqa: E731
     norms_1 = (norm("norm_attention"),) * 2 if self.faithful else (
         norm("norm_attention_mean"), norm("norm_attention_cov"))
@@ -88,7 +87,6 @@ class GaussianBlock(nn.Module):
     each = lambda layers, x: tuple(layer(x).astype(dtype) for layer, x in zip(layers, x, strict=True))  # noqa: E731
     feed = lambda x: (self.feed_forward_mean(x[0], train), self.feed_forward_cov(x[1], train))  # noqa: E731
     add = lambda x, y: tuple(x + y for x, y in zip(x, y, strict=True))  # noqa: E731
-    x = streams
     match self.norm:
       case "pre":
         y = each(norms_1, x)
