@@ -12,6 +12,7 @@ import pytest
 
 from awrsr_jax.config import default, finalize
 from awrsr_jax.engine import mesh as meshes
+from awrsr_jax.engine.ranking import make_rank_step
 from awrsr_jax.engine.state import NO_STEP, init_state
 from awrsr_jax.engine.train import make_job, train_step
 from awrsr_jax.model.backbones import build_backbone
@@ -115,6 +116,39 @@ def test_the_state_stays_where_it_was(runs):
     for (path, leaf), place in zip(jax.tree_util.tree_flatten_with_path(state)[0],
                                    jax.tree.leaves(meshes.shardings(mesh, state)), strict=True):
       assert leaf.sharding.is_equivalent_to(place, leaf.ndim), (shape, jax.tree_util.keystr(path), leaf.sharding)
+
+
+def collectives(program):
+  """Returns the shape of every array that a compiled program sends between devices."""
+  lines = [line for line in program.as_text().splitlines() if re.search(
+      r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line)]
+  return [tuple(int(size) for size in shape.split(",") if size) for line in lines
+          for shape in re.findall(r"\w\[([\d,]*)\]", line.partition(" = ")[2].partition("(%")[0])]
+
+
+@pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
+@pytest.mark.parametrize("job", ["softmax", "sampled_softmax", "bce", "ranking"])
+def test_no_table_travels_between_devices(job, backbone):
+  """On 2 x 4 devices, the largest thing sent is the gradient of a device's own quarter of all tables, over data."""
+  rows = 2048
+  config = make_config("softmax" if job == "ranking" else job, backbone)
+  mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "model": 4}))
+  model = build_backbone(config, rows - 1)
+  state = jax.eval_shape(lambda: init_state(model, OPTIMIZER, 0, mesh))
+  state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                       state, meshes.shardings(mesh, state))
+  split = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=jax.NamedSharding(  # noqa: E731
+      mesh, jax.sharding.PartitionSpec("data")))
+  if job == "ranking":
+    lowered = make_rank_step(model, mesh, 128).lower(
+        state.params, {"inputs": split(16, 8), "target": split(16), "seen": split(16, 8)})
+  else:
+    step = functools.partial(train_step, backbone=model, optimizer=OPTIMIZER, config=config, targets_per_step=60.0)
+    whole = jax.ShapeDtypeStruct((rows - 1,), np.int32, sharding=jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    lowered = jax.jit(step).lower(state, {"inputs": split(16, 8), "targets": split(16, 8)}, whole)
+  sent = collectives(lowered.compile(compiler_options=FAST_COMPILE))
+  quarters = rows // 4 * 8 * {"sasrec": 1, "stosa": 2}[backbone]
+  assert sent and max(np.prod(shape) for shape in sent) <= (16 * 8 * 8 if job == "ranking" else quarters) < rows * 8
 
 
 def test_the_old_state_is_donated(runs):

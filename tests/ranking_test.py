@@ -74,8 +74,13 @@ def loop_ranks(table, mean, target, seen):
 
 
 def rank_all(backbone, params, mean, target, seen, block):
-  ranks = jax.jit(lambda *args: ranking.rank_among_all(backbone, params, Hidden(mean=args[0]), *args[1:], block))
-  return np.asarray(ranks(jnp.float32(mean), jnp.int32(target), jnp.int32(seen)))
+  return rank_hidden(backbone, params, Hidden(mean=jnp.float32(mean)), target, seen, block)
+
+
+def rank_hidden(backbone, params, hidden, target, seen, block, mesh=None):
+  catalogue = backbone.apply({"params": params}, method="catalogue")
+  ranks = jax.jit(lambda *args: ranking.rank_among_all(backbone, mesh or make(1, 1), *args, block))
+  return np.asarray(ranks(catalogue, hidden, jnp.int32(target), jnp.int32(seen)))
 
 
 def integer_case(ties):
@@ -107,14 +112,14 @@ def test_ranks_equal_a_loop_for_any_block_size_with_ties_repeats_and_seen_target
     assert got.dtype == np.float32
 
 
-@pytest.mark.parametrize("block", [7, 40])
-def test_gaussians_rank_by_their_distance(block):
+@pytest.mark.parametrize("block, shape", [(7, (1, 1)), (40, (1, 1)), (4, (2, 4)), (40, (1, 8))])
+def test_gaussians_rank_by_their_distance(block, shape):
   config = default()
   config.model.update({"backbone": "stosa", "width": WIDTH, "layers": 0, "table_multiple": 8})
   backbone = build_backbone(config, ITEMS)
   rng = np.random.default_rng(3)
   params = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
-  draw = lambda: rng.normal(size=(backbone.num_rows, WIDTH))  # noqa: E731
+  draw = lambda: rng.normal(size=(ROWS, WIDTH))  # noqa: E731
   means, covs = draw(), draw()
   params |= {f"embedding_{stream}": params[f"embedding_{stream}"] | {"item_table": jnp.float32(table)}
              for stream, table in (("mean", means), ("cov", covs))}
@@ -123,8 +128,7 @@ def test_gaussians_rank_by_their_distance(block):
   roots = np.sqrt(np.where(covs > 0, covs + 1, np.exp(np.minimum(covs, 0))))
   scores = -np.sum((mean[:, None] - means) ** 2 + (np.sqrt(cov)[:, None] - roots) ** 2, axis=-1)[:, :ITEMS + 1]
   hidden = Hidden(mean=jnp.float32(mean), cov=jnp.float32(cov))
-  ranks = jax.jit(lambda *args: ranking.rank_among_all(backbone, params, *args, block))
-  np.testing.assert_array_equal(ranks(hidden, jnp.int32(target), jnp.int32(seen)),
+  np.testing.assert_array_equal(rank_hidden(backbone, params, hidden, target, seen, block, make(*shape)),
                                 [loop_rank(*row) for row in zip(scores, target.tolist(), seen.tolist(), strict=True)])
 
 
@@ -153,7 +157,7 @@ def test_a_model_that_scores_all_items_alike_gets_the_middle_rank(backbone, para
 def test_a_real_backbone_ranks_as_a_float64_loop_over_users(backbone, params, corpus, split, back):
   config = make_config()
   batches = data_batches.ranking_batches(corpus, config, split)
-  got = ranking.rank_users(ranking.make_rank_step(backbone, 16), params, batches, make(1, 1))
+  got = ranking.rank_users(ranking.make_rank_step(backbone, make(1, 1), 16), params, batches, make(1, 1))
   encode = jax.jit(lambda inputs: backbone.apply({"params": params}, inputs, method="encode").newest().mean)
   table = np.float64(params["embedding"]["item_table"])[:ITEMS + 1]
   expected, targets_seen = [], 0
@@ -170,13 +174,15 @@ def test_a_real_backbone_ranks_as_a_float64_loop_over_users(backbone, params, co
 def test_broken_parameters_are_an_error_not_a_rank(backbone, params, corpus):
   table = np.array(params["embedding"]["item_table"])
   table[20] = np.nan  # one item only: every user scores it
-  step, batches = ranking.make_rank_step(backbone, 16), data_batches.ranking_batches(corpus, make_config(), "valid")
+  step = ranking.make_rank_step(backbone, make(1, 1), 16)
+  batches = data_batches.ranking_batches(corpus, make_config(), "valid")
   with pytest.raises(FloatingPointError, match="of 45 users of the valid split have a NaN"):
     ranking.rank_users(step, with_table(params, table), batches, make(1, 1))
 
 
 def test_an_infinite_parameter_is_an_error_not_a_rank(backbone, params, corpus):
-  step, batches = ranking.make_rank_step(backbone, 16), data_batches.ranking_batches(corpus, make_config(), "test")
+  step = ranking.make_rank_step(backbone, make(1, 1), 16)
+  batches = data_batches.ranking_batches(corpus, make_config(), "test")
   with pytest.raises(FloatingPointError, match="NaN"):
     ranking.rank_users(step, with_table(params, np.full((ROWS, WIDTH), np.inf)), batches, make(1, 1))
 
@@ -207,7 +213,7 @@ def test_a_sampled_protocol_ranks_among_the_candidates_of_the_batch(make_corpus)
   backbone = build_backbone(config, corpus.num_items)
   params = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
   batches = data_batches.ranking_batches(corpus, config, "test")
-  got = ranking.rank_users(ranking.make_rank_step(backbone, 16), params, batches, make(1, 1))
+  got = ranking.rank_users(ranking.make_rank_step(backbone, make(1, 1), 16), params, batches, make(1, 1))
   encode = jax.jit(lambda inputs: backbone.apply({"params": params}, inputs, method="encode").newest().mean)
   expected = []
   for batch in batches:
@@ -223,7 +229,7 @@ def test_a_sampled_protocol_ranks_among_the_candidates_of_the_batch(make_corpus)
 
 
 def test_every_user_counts_once_whatever_the_batch_size(backbone, params, corpus):
-  step, ranks = ranking.make_rank_step(backbone, 16), {}
+  step, ranks = ranking.make_rank_step(backbone, make(1, 1), 16), {}
   for size in (7, 64):
     batches = data_batches.ranking_batches(corpus, make_config(eval__batch_size=size, data__buckets=1), "valid")
     got = ranking.rank_users(step, params, batches, make(1, 1))
@@ -233,13 +239,14 @@ def test_every_user_counts_once_whatever_the_batch_size(backbone, params, corpus
 
 
 def test_devices_change_no_rank(backbone, params, corpus):
-  step, ranks = ranking.make_rank_step(backbone, 16), []
+  ranks = []
   batches = data_batches.ranking_batches(corpus, make_config(data__buckets=1), "test")
-  for shape in ((1, 1), (8, 1), (2, 4)):
+  for shape in ((1, 1), (8, 1), (2, 4), (1, 8)):
     mesh = make(*shape)
+    step = ranking.make_rank_step(backbone, mesh, 16)
     ranks.append(ranking.rank_users(step, jax.device_put(params, meshes.shardings(mesh, params)), batches, mesh))
-  np.testing.assert_array_equal(ranks[0], ranks[1])
-  np.testing.assert_array_equal(ranks[0], ranks[2])
+  for other in ranks[1:]:
+    np.testing.assert_array_equal(other, ranks[0])
 
 
 # --- metrics

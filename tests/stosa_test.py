@@ -225,11 +225,10 @@ def test_score_agrees_with_score_all_for_shared_and_for_own_candidates():
   np.testing.assert_allclose(newest, np.take_along_axis(scores[:, -1], own[:, -1], axis=-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("first, count", [(0, 4), (3, 6), (10, 6), (0, ROWS)])
-def test_score_all_of_a_block_is_a_slice_of_all(first, count):
+def test_rows_of_the_catalogue_score_as_they_do_among_all():
   backbone, params, hidden, scores = scored()
-  block = jax.jit(lambda first: backbone.apply({"params": params}, hidden, first, count, method="score_all"))
-  np.testing.assert_allclose(block(jnp.int32(first)), scores[..., first:first + count], atol=1e-5)
+  rows = jax.tree.map(lambda table: table[3:9], backbone.apply({"params": params}, method="catalogue"))
+  np.testing.assert_allclose(backbone.score_rows(hidden, rows), scores[..., 3:9], atol=1e-5)
 
 
 def test_an_item_is_nearest_to_itself_and_its_own_gradient_is_zero():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from awrsr_jax.model import losses
+from awrsr_jax.model.hidden import hide_other_rows
 
 CHUNK_POSITIONS = 256  # of the full softmax at a time: [chunk, items] scores stay in a CPU's cache, no memory on others
 
@@ -34,10 +35,10 @@ def objective(backbone: nn.Module, params: Any, batch: dict[str, jax.Array], cum
   num_items = backbone.num_items
   match loss.name:
     case "softmax":
-      def chunk_loss(params: Any, hidden: Any, targets: jax.Array) -> jax.Array:
-        scores = backbone.apply({"params": params}, hidden, method="score_all")
+      def chunk_loss(catalogue: Any, hidden: Any, targets: jax.Array) -> jax.Array:
+        scores = hide_other_rows(backbone.score_rows(hidden, catalogue), 0, num_items)
         return jnp.sum(jnp.where(targets > 0, losses.softmax(scores, targets), 0))
-      return sum_in_chunks(chunk_loss, params, hidden, targets_BxL), count_real(targets_BxL)
+      return sum_in_chunks(chunk_loss, bound("catalogue"), hidden, targets_BxL), count_real(targets_BxL)
     case "sampled_softmax":
       negatives_K, log_expected_K = draw_shared(keys["negatives"], loss, num_items, cumulative)
       loss_BxL = losses.sampled_softmax(

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from awrsr_jax.data.batches import RankingBatches
 from awrsr_jax.engine.mesh import replicate, to_global
-from awrsr_jax.model.hidden import Hidden
+from awrsr_jax.model.hidden import Hidden, hide_other_rows
 
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
 PROTOCOLS = {
@@ -30,47 +30,67 @@ PROTOCOLS = {
 TIE_RULE = "rank = 1 + items scored higher + half of the other items tied with the target"
 
 
-def rank_among_all(backbone: nn.Module, params: Any, hidden: Hidden, target_B: jax.Array, seen_BxS: jax.Array,
-                   block_items: int) -> jax.Array:
+def rank_among_all(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Hidden, target_B: jax.Array,
+                   seen_BxS: jax.Array, block_items: int) -> jax.Array:
   """Ranks each target among all items outside the history.
 
-  Two passes over the same blocks: the first reads the target's score, the second compares all items with it. The same
-  matrix product gives both, so that ties are not lost to rounding.
+  Every device of the "model" axis scores the rows of the catalogue that it holds, a block at a time, and only scores of
+  targets and counts travel between devices. Two passes over the same blocks: the first reads the target's score, the
+  second compares all items with it. The same matrix product gives both, so that ties are not lost to rounding.
+
+  Args:
+    backbone: for `score_rows` and `num_items`.
+    mesh: rows of the catalogue are split over "model", users over "data".
+    catalogue: tables (V, D).
+    hidden: of B users.
+    target_B, seen_BxS: item numbers.
+    block_items: K.
 
   Returns:
     (B,) float32 ranks, from 1; NaN where a score was NaN.
   """
-  rows = backbone.num_rows
-  size = min(block_items, rows)
-  firsts = jnp.arange(0, rows, size)
-  user = jnp.arange(len(target_B))
+  def rank_rows(catalogue: Any, hidden: Hidden, target_B: jax.Array, seen_BxS: jax.Array) -> jax.Array:
+    rows = len(jax.tree.leaves(catalogue)[0])
+    size = min(block_items, rows)
+    starts = jnp.arange(0, rows, size)
+    first_row = jax.lax.axis_index("model") * rows
+    user = jnp.arange(len(target_B))
 
-  def score_block(first: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (B, K) scores, their item numbers, and which of them no earlier block had (the last one overlaps)."""
-    start = jnp.minimum(first, rows - size)
-    item = start + jnp.arange(size)
-    return backbone.apply({"params": params}, hidden, start, size, method="score_all"), item, item >= first
+    def score_block(start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+      """Returns (B, K) scores, their item numbers, and which of them no earlier block had (the last one overlaps)."""
+      inside = jnp.minimum(start, rows - size)
+      block = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, inside, size), catalogue)
+      item = first_row + inside + jnp.arange(size)
+      scores = hide_other_rows(backbone.score_rows(hidden, block), first_row + inside, backbone.num_items)
+      return scores, item, item >= first_row + start
 
-  def read_target(target_score_B: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
-    scores, item, _ = score_block(first)
-    inside = (target_B >= item[0]) & (target_B <= item[-1])
-    return jnp.where(inside, scores[user, jnp.clip(target_B - item[0], 0, size - 1)], target_score_B), None
+    def read_target(target_score_B: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+      scores, item, _ = score_block(start)
+      here = (target_B >= item[0]) & (target_B <= item[-1])
+      return jnp.where(here, scores[user, jnp.clip(target_B - item[0], 0, size - 1)], target_score_B), None
 
-  target_score_B, _ = jax.lax.scan(read_target, jnp.full(len(target_B), -jnp.inf), firsts)
+    target_score_B, _ = jax.lax.scan(read_target, jnp.full(len(target_B), -jnp.inf), starts)
+    target_score_B = jax.lax.pmax(target_score_B, "model")
 
-  def compare(counts: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array) -> tuple[Any, None]:
-    scores, item, new = score_block(first)
-    broken = jnp.any(jnp.isnan(scores), axis=1)
-    column = jnp.where((seen_BxS >= item[0]) & (seen_BxS <= item[-1]), seen_BxS - item[0], size)
-    scores = scores.at[user[:, None], column].set(-jnp.inf, mode="drop")
-    rival = new[None] & (item[None] != target_B[:, None]) & (scores > -jnp.inf)
-    higher = jnp.sum(rival & (scores > target_score_B[:, None]), axis=1)
-    tied = jnp.sum(rival & (scores == target_score_B[:, None]), axis=1)
-    return (counts[0] + higher, counts[1] + tied, counts[2] | broken), None
+    def compare(counts: tuple[jax.Array, jax.Array, jax.Array], start: jax.Array) -> tuple[Any, None]:
+      scores, item, new = score_block(start)
+      broken = jnp.any(jnp.isnan(scores), axis=1)
+      column = jnp.where((seen_BxS >= item[0]) & (seen_BxS <= item[-1]), seen_BxS - item[0], size)
+      scores = scores.at[user[:, None], column].set(-jnp.inf, mode="drop")
+      rival = new[None] & (item[None] != target_B[:, None]) & (scores > -jnp.inf)
+      higher = jnp.sum(rival & (scores > target_score_B[:, None]), axis=1)
+      tied = jnp.sum(rival & (scores == target_score_B[:, None]), axis=1)
+      return (counts[0] + higher, counts[1] + tied, counts[2] + broken), None
 
-  zeros = jnp.zeros(len(target_B), jnp.int32)
-  (higher, tied, broken), _ = jax.lax.scan(compare, (zeros, zeros, zeros > 0), firsts)
-  return jnp.where(broken, jnp.nan, 1 + higher + tied / 2)
+    zeros = jnp.zeros(len(target_B), jnp.int32)
+    counts, _ = jax.lax.scan(compare, (zeros, zeros, zeros), starts)
+    higher, tied, broken = jax.lax.psum(counts, "model")
+    return jnp.where(broken > 0, jnp.nan, 1 + higher + tied / 2)
+
+  users = PartitionSpec("data")
+  ranks = jax.shard_map(rank_rows, mesh=mesh, in_specs=(PartitionSpec("model"), users, users, users), out_specs=users,
+                        check_vma=False)
+  return ranks(catalogue, hidden, target_B, seen_BxS)
 
 
 def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, target_B: jax.Array,
@@ -83,13 +103,15 @@ def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, targ
   return jnp.where(jnp.any(jnp.isnan(scores), axis=1), jnp.nan, rank)
 
 
-def make_rank_step(backbone: nn.Module, block_items: int) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+def make_rank_step(backbone: nn.Module, mesh: Mesh,
+                   block_items: int) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
   """Returns the jitted (params, ranking batch) -> (B,) ranks."""
   def rank_step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
     hidden = backbone.apply({"params": params}, batch["inputs"], method="encode").newest()
     if "candidates" in batch:
       return rank_among_candidates(backbone, params, hidden, batch["target"], batch["candidates"])
-    return rank_among_all(backbone, params, hidden, batch["target"], batch["seen"], block_items)
+    catalogue = backbone.apply({"params": params}, method="catalogue")
+    return rank_among_all(backbone, mesh, catalogue, hidden, batch["target"], batch["seen"], block_items)
   return jax.jit(rank_step)
 
 

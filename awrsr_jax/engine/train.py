@@ -115,7 +115,7 @@ def make_job(config: Any) -> Job:
   return Job(
       config, corpus, mesh, backbone, optimizer, batches,
       {split: data_batches.ranking_batches(corpus, config, split, process, processes) for split in ("valid", "test")},
-      jax.jit(step, donate_argnums=0), ranking.make_rank_step(backbone, config.eval.block_items))
+      jax.jit(step, donate_argnums=0), ranking.make_rank_step(backbone, mesh, config.eval.block_items))
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:

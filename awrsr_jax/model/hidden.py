@@ -25,11 +25,6 @@ def table_rows(num_items: int, multiple: int) -> int:
   return -(-(num_items + 1) // multiple) * multiple
 
 
-def slice_rows(table: jax.Array, first: int | jax.Array, count: int | None) -> jax.Array:
-  """Returns `count` rows of a table from row `first` on; all of it where count is None."""
-  return table if count is None else jax.lax.dynamic_slice_in_dim(table, first, count)
-
-
 def hide_other_rows(scores: jax.Array, first: int | jax.Array, num_items: int) -> jax.Array:
   """Sets scores (..., K) of table rows `first` to first + K - 1 to -inf where the row is no item."""
   row = first + jnp.arange(scores.shape[-1])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention, attention_dropout
-from awrsr_jax.model.hidden import Hidden, hide_other_rows, slice_rows, table_rows
+from awrsr_jax.model.hidden import Hidden, hide_other_rows, table_rows
 from awrsr_jax.model.refine import build_refinement
 
 
@@ -27,15 +27,10 @@ class SASRec(nn.Module):
   max_length: int
   num_items: int
 
-  @property
-  def num_rows(self) -> int:
-    """V."""
-    return table_rows(self.num_items, self.model.table_multiple)
-
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
-    self.embedding = Embedding(self.num_rows, self.max_length, model.width, model.dropout, dtype,
-                               scale=model.width ** 0.5)
+    rows = table_rows(self.num_items, model.table_multiple)
+    self.embedding = Embedding(rows, self.max_length, model.width, model.dropout, dtype, scale=model.width ** 0.5)
     self.blocks = [
         Block(attention=SelfAttention(model.heads, attention_dropout(model), dtype,
                                       build_refinement(model, self.max_length)),
@@ -82,16 +77,22 @@ class SASRec(nn.Module):
       return jnp.einsum("...d,kd->...k", hidden.mean, table)
     return jnp.einsum("...d,...kd->...k", hidden.mean, table)
 
-  def score_all(self, hidden: Hidden, first: int | jax.Array = 0, count: int | None = None) -> jax.Array:
-    """Scores `count` consecutive table rows from row `first` on (None: the whole table).
+  def score_all(self, hidden: Hidden) -> jax.Array:
+    """Scores all table rows.
 
     Args:
       hidden: mean (..., D).
-      first: row of the first score; may be traced.
-      count: static.
 
     Returns:
-      (..., count) float32; -inf for row 0 and for rows that only fill the table.
+      (..., V) float32; -inf for row 0 and for rows that only fill the table.
     """
-    table = slice_rows(self.embedding.item_table, first, count)
-    return hide_other_rows(jnp.einsum("...d,kd->...k", hidden.mean, table), first, self.num_items)
+    return hide_other_rows(self.score_rows(hidden, self.catalogue()), 0, self.num_items)
+
+  def catalogue(self) -> dict[str, jax.Array]:
+    """Returns the item table (V, D), as it is stored."""
+    return {"mean": self.embedding.item_table}
+
+  @staticmethod
+  def score_rows(hidden: Hidden, rows: dict[str, jax.Array]) -> jax.Array:
+    """Returns (..., K) float32: the scores of K rows of the catalogue, whether they are items or not."""
+    return jnp.einsum("...d,kd->...k", hidden.mean, rows["mean"])

@@ -14,7 +14,7 @@ from flax import linen as nn
 from awrsr_jax.model.attention import attend, causal_mask
 from awrsr_jax.model.blocks import Embedding, FeedForward, attention_dropout, dropout, split_heads
 from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein, wasserstein
-from awrsr_jax.model.hidden import Hidden, hide_other_rows, slice_rows, table_rows
+from awrsr_jax.model.hidden import Hidden, hide_other_rows, table_rows
 from awrsr_jax.model.refine import Refinement, build_refinement
 
 Streams = tuple[jax.Array, jax.Array]  # means and covariances, both (B, L, D)
@@ -125,16 +125,12 @@ class STOSA(nn.Module):
   max_length: int
   num_items: int
 
-  @property
-  def num_rows(self) -> int:
-    """V."""
-    return table_rows(self.num_items, self.model.table_multiple)
-
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
     norm = lambda: gaussian_norm(model.faithful)  # noqa: E731
+    rows = table_rows(self.num_items, model.table_multiple)
     embedding = lambda norm: Embedding(  # noqa: E731
-        self.num_rows, self.max_length, model.width, model.dropout, dtype, 1.0, norm, initializer)
+        rows, self.max_length, model.width, model.dropout, dtype, 1.0, norm, initializer)
     feed_forward = lambda: FeedForward(  # noqa: E731
         model.ffn_width, model.activation, model.dropout, dtype, initializer, dropout_inside=False)
     if model.faithful:
@@ -201,20 +197,25 @@ class STOSA(nn.Module):
       return minus_distances(hidden, candidates.mean, candidates.cov)
     return -wasserstein(hidden.mean[..., None, :], hidden.cov[..., None, :], candidates.mean, candidates.cov)
 
-  def score_all(self, hidden: Hidden, first: int | jax.Array = 0, count: int | None = None) -> jax.Array:
-    """Scores `count` consecutive table rows from row `first` on (None: the whole table).
+  def score_all(self, hidden: Hidden) -> jax.Array:
+    """Scores all table rows.
 
     Args:
       hidden: mean and cov (..., D).
-      first: row of the first score; may be traced.
-      count: static.
 
     Returns:
-      (..., count) float32, never positive; -inf for row 0 and for rows that only fill the table.
+      (..., V) float32, never positive; -inf for row 0 and for rows that only fill the table.
     """
-    mean, cov = (slice_rows(table, first, count)
-                 for table in (self.embedding_mean.item_table, self.embedding_cov.item_table))
-    return hide_other_rows(minus_distances(hidden, mean, covariance(cov)), first, self.num_items)
+    return hide_other_rows(self.score_rows(hidden, self.catalogue()), 0, self.num_items)
+
+  def catalogue(self) -> dict[str, jax.Array]:
+    """Returns both item tables (V, D), as they are stored."""
+    return {"mean": self.embedding_mean.item_table, "cov": self.embedding_cov.item_table}
+
+  @staticmethod
+  def score_rows(hidden: Hidden, rows: dict[str, jax.Array]) -> jax.Array:
+    """Returns (..., K) float32: the scores of K rows of the catalogue, whether they are items or not."""
+    return minus_distances(hidden, rows["mean"], covariance(rows["cov"]))
 
 
 def minus_distances(hidden: Hidden, mean_KxD: jax.Array, cov_KxD: jax.Array) -> jax.Array:
