@@ -1,0 +1,52 @@
+"""What trained attention is worth: ranks a finished run again with other weights in place of its own.
+
+  PYTHONPATH=. python docs/attention_ablation.py runs/beauty_stosa
+
+trained: the run's own weights. mean: every earlier item alike. self: the newest item alone. Nothing is trained anew.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awrsr_jax.config import default, walk
+from awrsr_jax.engine import checkpoint, ranking
+from awrsr_jax.engine.state import init_state
+from awrsr_jax.engine.train import make_job
+from awrsr_jax.model import sasrec, stosa
+
+WEIGHTS = {
+    "trained": None,
+    "mean": lambda scores, mask: jnp.broadcast_to(mask / jnp.maximum(mask.sum(-1, keepdims=True), 1), scores.shape),
+    "self": lambda scores, mask: jnp.broadcast_to(mask * jnp.eye(mask.shape[-1])[None, None], scores.shape),
+}
+
+
+def rank(config: Any, workdir: str) -> dict[str, float]:
+  """Returns NDCG@10 of both splits, by the best checkpoint of a run."""
+  job = make_job(config)
+  manager = checkpoint.open_checkpoints(workdir)
+  template = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
+  state, _ = checkpoint.restore_step(manager, manager.best_step(), template)
+  return {split: ranking.summarize(ranking.rank_users(job.rank_step, state.params, batches, job.mesh))["ndcg@10"]
+          for split, batches in job.ranking.items()}
+
+
+def main(workdir: str) -> None:
+  """Prints a line for each kind of weights."""
+  config = default()
+  config.update_from_flattened_dict(dict(walk(json.loads(pathlib.Path(workdir, "config.json").read_text()))))
+  own = stosa.build_refinement
+  for name, weights in WEIGHTS.items():
+    build = own if weights is None else lambda model, max_length, weights=weights: weights
+    sasrec.build_refinement = stosa.build_refinement = build
+    metrics = rank(config, workdir)
+    print(f"{name:8} valid ndcg@10={metrics['valid']:.4f} test ndcg@10={metrics['test']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
