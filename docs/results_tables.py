@@ -29,12 +29,11 @@ def main(workdirs: list[str]) -> None:
     results[network, result["refine"]] = result
     curves[network, result["refine"]] = {line["epoch"]: line["ndcg@10"] for line in lines if line["split"] == "valid"}
   print_row("network", "refine", *(f"test {name.upper()}" for name in COLUMNS), "validation NDCG@10", "best epoch",
-            "parameters", "wall time, s")
-  print_row(*["---"] * (len(COLUMNS) + 6))
+            "parameters")
+  print_row(*["---"] * (len(COLUMNS) + 5))
   for (network, refine), result in results.items():
     print_row(network, f"`{refine}`", *(show(result["test"][name]) for name in COLUMNS),
-              show(result["valid"]["ndcg@10"]), result["best_epoch"], f"{result['parameters']:,}",
-              round(result["wall_time_s"]))
+              show(result["valid"]["ndcg@10"]), result["best_epoch"], f"{result['parameters']:,}")
   print()
   epochs = sorted({epoch for curve in curves.values() for epoch in curve})
   print_row("validation NDCG@10 after epoch", "", *epochs)
