@@ -111,9 +111,9 @@ class STOSA(nn.Module):
 
   `model.faithful` is the published network, defects and all (zfan20/STOSA at 1f00ecb): both streams start as
   ELU(dropout(LayerNorm(item + position))), plus 1 for the covariance; they share that norm and the one after the
-  attention; the covariance passes ELU + 1 after each block; weights start with mean .01 and deviation .02. And the mean
-  that a block computes is lost (a misspelt variable): the mean of the FIRST input goes into every block and comes out
-  at the end, so attention, and its refinement, reach the covariance only.
+  attention; the covariance passes ELU + 1 after each block. And the mean that a block computes is lost (a misspelt
+  variable): the mean of the FIRST input goes into every block and comes out at the end, so attention, and its
+  refinement, reach the covariance only. docs/method.md sets both networks side by side.
 
   Attributes:
     model: the `model` node of a finalized config.
@@ -130,7 +130,7 @@ class STOSA(nn.Module):
     norm = lambda: gaussian_norm(model.faithful)  # noqa: E731
     rows = table_rows(self.num_items, model.table_multiple)
     embedding = lambda norm: Embedding(  # noqa: E731
-        rows, self.max_length, model.width, model.dropout, dtype, 1.0, norm, initializer)
+        rows, self.max_length, model.width, model.dropout, dtype, scale=1.0, norm=norm, initializer=initializer)
     feed_forward = lambda: FeedForward(  # noqa: E731
         model.ffn_width, model.activation, model.dropout, dtype, initializer, dropout_inside=False)
     if model.faithful:
