@@ -178,10 +178,13 @@ def test_attention_dropout_is_the_models_where_it_is_not_set():
 
 
 @functools.cache
-def scored() -> tuple[SASRec, Any, Hidden, np.ndarray]:
+def scored(kind: str = "sasrec") -> tuple[Any, Any, Hidden, np.ndarray]:
   """Returns a backbone, its parameters, hidden states (2, 3, D), and all their scores (2, 3, V)."""
-  backbone, params = build("none")
-  hidden = Hidden(mean=jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, WIDTH)), jnp.float32))
+  backbone, params = build("none", 1, "pre", kind)
+  rng = np.random.default_rng(1)
+  mean = jnp.asarray(rng.normal(size=(2, 3, WIDTH)), jnp.float32)
+  cov = None if kind == "sasrec" else jnp.asarray(rng.uniform(0.1, 3, (2, 3, WIDTH)), jnp.float32)
+  hidden = Hidden(mean, cov)
   return backbone, params, hidden, np.asarray(backbone.apply({"params": params}, hidden, method="score_all"))
 
 
@@ -197,21 +200,23 @@ def test_score_all_is_the_dot_product_and_minus_infinity_for_padding_and_fill_ro
       assert scores[index] == -np.inf
 
 
-def test_score_agrees_with_score_all_for_shared_and_for_own_candidates():
-  backbone, params, hidden, scores = scored()
+@pytest.mark.parametrize("kind", ["sasrec", "stosa"])
+def test_score_agrees_with_score_all_for_shared_and_for_own_candidates(kind):
+  backbone, params, hidden, scores = scored(kind)
   score = lambda hidden, items: backbone.apply({"params": params}, hidden, items, method="score")  # noqa: E731
   shared = np.array([13, 2, 2, 7])
-  np.testing.assert_allclose(score(hidden, shared), scores[..., shared], atol=1e-6)
+  np.testing.assert_allclose(score(hidden, shared), scores[..., shared], atol=1e-5)
   own = np.random.default_rng(2).integers(1, ITEMS + 1, (2, 3, 5))
-  np.testing.assert_allclose(score(hidden, own), np.take_along_axis(scores, own, axis=-1), atol=1e-6)
+  np.testing.assert_allclose(score(hidden, own), np.take_along_axis(scores, own, axis=-1), atol=1e-5)
   newest = score(hidden.newest(), own[:, -1])  # (B, K)
-  np.testing.assert_allclose(newest, np.take_along_axis(scores[:, -1], own[:, -1], axis=-1), atol=1e-6)
+  np.testing.assert_allclose(newest, np.take_along_axis(scores[:, -1], own[:, -1], axis=-1), atol=1e-5)
 
 
-def test_rows_of_the_catalogue_score_as_they_do_among_all():
-  backbone, params, hidden, scores = scored()
+@pytest.mark.parametrize("kind", ["sasrec", "stosa"])
+def test_rows_of_the_catalogue_score_as_they_do_among_all(kind):
+  backbone, params, hidden, scores = scored(kind)
   rows = jax.tree.map(lambda table: table[3:9], backbone.apply({"params": params}, method="catalogue"))
-  np.testing.assert_allclose(backbone.score_rows(hidden, rows), scores[..., 3:9], atol=1e-6)
+  np.testing.assert_allclose(backbone.score_rows(hidden, rows), scores[..., 3:9], atol=1e-5)
 
 
 def test_newest_is_the_last_column_of_mean_and_covariance():

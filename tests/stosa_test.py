@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_test import attend_by_loops, mask_by_loops
-from backbones_test import INPUTS, ITEMS, REAL, ROWS, WIDTH, N, build, join
+from backbones_test import INPUTS, ITEMS, REAL, ROWS, WIDTH, N, build, join, scored
 from blocks_test import dense_by_loops, feed_forward_by_loops, norm_by_loops
 from refine_test import CASES, refine_by_loops
 
@@ -190,18 +190,8 @@ def test_streams_share_the_dropout_of_weights():
   assert 0.3 < np.mean(dropped[0]) < 0.7
 
 
-@functools.cache
-def scored() -> tuple[STOSA, Any, Hidden, np.ndarray]:
-  """Returns a backbone, its parameters, hidden states (2, 3, D), and all their scores (2, 3, V)."""
-  backbone, params = build("none", 1, "pre", "stosa")
-  rng = np.random.default_rng(1)
-  hidden = Hidden(mean=jnp.asarray(rng.normal(size=(2, 3, WIDTH)), jnp.float32),
-                  cov=jnp.asarray(rng.uniform(0.1, 3, (2, 3, WIDTH)), jnp.float32))
-  return backbone, params, hidden, np.asarray(backbone.apply({"params": params}, hidden, method="score_all"))
-
-
 def test_score_all_is_minus_the_distance_and_minus_infinity_for_padding_and_fill_rows():
-  _, params, hidden, scores = scored()
+  _, params, hidden, scores = scored("stosa")
   mean, cov = (params[f"embedding_{stream}"]["item_table"] for stream in ("mean", "cov"))
   assert scores.shape == (2, 3, ROWS) and scores.dtype == np.float32
   for index in np.ndindex(2, 3, ROWS):
@@ -214,25 +204,8 @@ def test_score_all_is_minus_the_distance_and_minus_infinity_for_padding_and_fill
       assert scores[index] == -np.inf
 
 
-def test_score_agrees_with_score_all_for_shared_and_for_own_candidates():
-  backbone, params, hidden, scores = scored()
-  score = lambda hidden, items: backbone.apply({"params": params}, hidden, items, method="score")  # noqa: E731
-  shared = np.array([13, 2, 2, 7])
-  np.testing.assert_allclose(score(hidden, shared), scores[..., shared], atol=1e-5)
-  own = np.random.default_rng(2).integers(1, ITEMS + 1, (2, 3, 5))
-  np.testing.assert_allclose(score(hidden, own), np.take_along_axis(scores, own, axis=-1), atol=1e-5)
-  newest = score(hidden.newest(), own[:, -1])  # (B, K)
-  np.testing.assert_allclose(newest, np.take_along_axis(scores[:, -1], own[:, -1], axis=-1), atol=1e-5)
-
-
-def test_rows_of_the_catalogue_score_as_they_do_among_all():
-  backbone, params, hidden, scores = scored()
-  rows = jax.tree.map(lambda table: table[3:9], backbone.apply({"params": params}, method="catalogue"))
-  np.testing.assert_allclose(backbone.score_rows(hidden, rows), scores[..., 3:9], atol=1e-5)
-
-
 def test_an_item_is_nearest_to_itself_and_its_own_gradient_is_zero():
-  backbone, params, _, _ = scored()
+  backbone, params, _, _ = scored("stosa")
   numbers = np.arange(1, ITEMS + 1)
   def of_items(params: Any) -> jax.Array:
     return backbone.apply({"params": params}, backbone.apply({"params": params}, numbers, method="items"),

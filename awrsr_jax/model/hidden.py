@@ -3,8 +3,11 @@
 Shapes: B batch, L length, D width, K scores, V rows of the item table, I items (numbers 1 to I; 0 is padding).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import struct
 
 
@@ -29,3 +32,25 @@ def hide_other_rows(scores: jax.Array, first: int | jax.Array, num_items: int) -
   """Sets scores (..., K) of table rows `first` to first + K - 1 to -inf where the row is no item."""
   row = first + jnp.arange(scores.shape[-1])
   return jnp.where(jnp.broadcast_to((row >= 1) & (row <= num_items), scores.shape), scores, -jnp.inf)
+
+
+class Backbone(nn.Module):
+  """What every backbone has; it adds `encode`, `items`, `score`, `catalogue` and `score_rows`, see backbones.py.
+
+  Attributes:
+    model: the `model` node of a finalized config.
+    max_length: n.
+    num_items: I.
+  """
+
+  model: Any
+  max_length: int
+  num_items: int
+
+  def __call__(self, inputs_BxL: jax.Array) -> jax.Array:
+    """Touches every parameter (for initialisation). Returns (B, L, V)."""
+    return self.score_all(self.encode(inputs_BxL))
+
+  def score_all(self, hidden: Hidden) -> jax.Array:
+    """Returns (..., V) float32: the scores of all table rows, -inf for row 0 and for rows that only fill the table."""
+    return hide_other_rows(self.score_rows(hidden, self.catalogue()), 0, self.num_items)

@@ -3,29 +3,17 @@
 Shapes: B batch, L length, D width, K candidates, V rows of the item table, I items (numbers 1 to I; 0 is padding).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention, attention_dropout
-from awrsr_jax.model.hidden import Hidden, hide_other_rows, table_rows
+from awrsr_jax.model.hidden import Backbone, Hidden, table_rows
 from awrsr_jax.model.refine import build_refinement
 
 
-class SASRec(nn.Module):
-  """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), with refined attention.
-
-  Attributes:
-    model: the `model` node of a finalized config.
-    max_length: n.
-    num_items: I.
-  """
-
-  model: Any
-  max_length: int
-  num_items: int
+class SASRec(Backbone):
+  """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), with refined attention."""
 
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
@@ -37,10 +25,6 @@ class SASRec(nn.Module):
               feed_forward=FeedForward(model.ffn_width, model.activation, model.dropout, dtype), norm=model.norm)
         for _ in range(model.layers)]
     self.norm_out = nn.LayerNorm() if model.norm != "post" else lambda x: x  # post-norm blocks end normalised
-
-  def __call__(self, inputs_BxL: jax.Array) -> jax.Array:
-    """Touches every parameter (for initialisation). Returns (B, L, V)."""
-    return self.score_all(self.encode(inputs_BxL))
 
   def encode(self, inputs_BxL: jax.Array, train: bool = False) -> Hidden:
     """Encodes left-padded histories.
@@ -76,17 +60,6 @@ class SASRec(nn.Module):
     if items.ndim == 1:
       return jnp.einsum("...d,kd->...k", hidden.mean, table)
     return jnp.einsum("...d,...kd->...k", hidden.mean, table)
-
-  def score_all(self, hidden: Hidden) -> jax.Array:
-    """Scores all table rows.
-
-    Args:
-      hidden: mean (..., D).
-
-    Returns:
-      (..., V) float32; -inf for row 0 and for rows that only fill the table.
-    """
-    return hide_other_rows(self.score_rows(hidden, self.catalogue()), 0, self.num_items)
 
   def catalogue(self) -> dict[str, jax.Array]:
     """Returns the item table (V, D), as it is stored."""

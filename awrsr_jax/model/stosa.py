@@ -14,7 +14,7 @@ from flax import linen as nn
 from awrsr_jax.model.attention import attend, causal_mask
 from awrsr_jax.model.blocks import Embedding, FeedForward, attention_dropout, dropout, split_heads
 from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein, wasserstein
-from awrsr_jax.model.hidden import Hidden, hide_other_rows, table_rows
+from awrsr_jax.model.hidden import Backbone, Hidden, table_rows
 from awrsr_jax.model.refine import Refinement, build_refinement
 
 Streams = tuple[jax.Array, jax.Array]  # means and covariances, both (B, L, D)
@@ -103,7 +103,7 @@ class GaussianBlock(nn.Module):
     return x
 
 
-class STOSA(nn.Module):
+class STOSA(Backbone):
   """Stochastic self-attention (Fan et al., WWW 2022), with refined attention: histories and items are Gaussians.
 
   A stream of means and one of covariances run side by side, each like a SASRec of its own, and meet in attention by
@@ -114,16 +114,7 @@ class STOSA(nn.Module):
   attention; the covariance passes ELU + 1 after each block. And the mean that a block computes is lost (a misspelt
   variable): the mean of the FIRST input goes into every block and comes out at the end, so attention, and its
   refinement, reach the covariance only. docs/method.md sets both networks side by side.
-
-  Attributes:
-    model: the `model` node of a finalized config.
-    max_length: n.
-    num_items: I.
   """
-
-  model: Any
-  max_length: int
-  num_items: int
 
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
@@ -147,10 +138,6 @@ class STOSA(nn.Module):
     if not model.faithful:
       norm_out = norm if model.norm != "post" else lambda: lambda x: x  # post-norm blocks end normalised
       self.norm_out_mean, self.norm_out_cov = norm_out(), norm_out()
-
-  def __call__(self, inputs_BxL: jax.Array) -> jax.Array:
-    """Touches every parameter (for initialisation). Returns (B, L, V)."""
-    return self.score_all(self.encode(inputs_BxL))
 
   def encode(self, inputs_BxL: jax.Array, train: bool = False) -> Hidden:
     """Encodes left-padded histories.
@@ -196,17 +183,6 @@ class STOSA(nn.Module):
     if items.ndim == 1:
       return minus_distances(hidden, candidates.mean, candidates.cov)
     return -wasserstein(hidden.mean[..., None, :], hidden.cov[..., None, :], candidates.mean, candidates.cov)
-
-  def score_all(self, hidden: Hidden) -> jax.Array:
-    """Scores all table rows.
-
-    Args:
-      hidden: mean and cov (..., D).
-
-    Returns:
-      (..., V) float32, never positive; -inf for row 0 and for rows that only fill the table.
-    """
-    return hide_other_rows(self.score_rows(hidden, self.catalogue()), 0, self.num_items)
 
   def catalogue(self) -> dict[str, jax.Array]:
     """Returns both item tables (V, D), as they are stored."""
