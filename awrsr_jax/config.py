@@ -41,8 +41,9 @@ BOUNDS = {
     "model.dropout": (0, True), "model.attention_dropout": (0, True),
     "model.table_multiple": (1, True), "model.awr.rank": (1, True), "model.awr.order": (1, True),
     "loss.num_negatives": (1, True), "loss.gbce_t": (0, True), "loss.pvn_weight": (0, True),
-    "train.epochs": (1, True), "train.batch_size": (1, True), "train.learning_rate": (0, False),
-    "train.weight_decay": (0, True), "train.warmup_steps": (0, True), "train.clip_norm": (0, False),
+    "train.epochs": (1, True), "train.batch_size": (1, True), "train.accumulate": (1, True),
+    "train.learning_rate": (0, False), "train.weight_decay": (0, True), "train.warmup_steps": (0, True),
+    "train.clip_norm": (0, False),
     "train.patience": (1, True), "train.log_every": (1, True), "train.beta1": (0, True), "train.beta2": (0, True),
     "eval.every_epochs": (1, True), "eval.batch_size": (1, True), "eval.block_items": (1, True),
     "checkpoint.every_steps": (1, True), "mesh.model": (1, True),
@@ -89,6 +90,7 @@ def default() -> ml_collections.ConfigDict:
   model.dropout = 0.2  # embedding, attention weights, feed-forward
   model.attention_dropout = config_dict.placeholder(float)  # of attention weights; None: model.dropout
   model.dtype = "float32"  # of activations; parameters, softmax, norms and scores stay float32
+  model.remat = False  # keep only the inputs of blocks for the backward pass, and make the rest again
   model.table_multiple = 128  # item table rows are padded to it, whatever the device count
   model.refine = "value"  # none | simple | value | additive | stochastic
   model.awr = ml_collections.ConfigDict()
@@ -109,6 +111,7 @@ def default() -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.epochs = 100
   train.batch_size = 128  # sequences in a global batch
+  train.accumulate = 1  # pieces that a batch is worked through in, one after another: less memory, the same update
   train.optimizer = "adam"  # adam | adamw
   train.learning_rate = 1e-3
   train.schedule = "constant"  # constant | cosine | linear, after the warm-up

@@ -18,10 +18,15 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from awrsr_jax.config import default, walk
+from awrsr_jax.engine import processes
 from awrsr_jax.engine.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, as in configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder: checkpoints, metrics, result.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder: checkpoints, metrics, result. May be gs://bucket/...")
+COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; not needed on Cloud "
+                                          "TPU VMs and under SLURM.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run, on one host or many.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -40,22 +45,37 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the job and prints its result."""
+  """Runs the job and prints its result; exit code 75: start the same command again."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
   if flags.FLAGS.verbosity <= 0:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a page about every checkpoint
-  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
   if not jax.config.jax_compilation_cache_dir:  # a second start, or a resumed run, compiles nothing again
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     jax.config.update("jax_compilation_cache_dir", str(cache / "awrsr_jax" / "compiled"))
   try:
-    result = train(CONFIG.value, WORKDIR.value)
+    processes.start(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    logging.getLogger("awrsr_jax").setLevel(logging.INFO if processes.is_first() else logging.WARNING)
+    result = train(CONFIG.value, WORKDIR.value, processes.listen())
+  except processes.Preempted as notice:
+    print(f"stopped as told, {notice}; all steps are saved, and the same command goes on", file=sys.stderr)
+    sys.exit(processes.TRY_AGAIN)
+  except processes.ProcessLost as error:
+    print(f"another process of this run is gone ({error}). Start all of them again: the same command goes on from the "
+          "newest checkpoint", file=sys.stderr, flush=True)
+    os._exit(processes.TRY_AGAIN)  # a regular exit would wait for the process that is gone
   except (ValueError, FloatingPointError) as error:
     if flags.FLAGS.verbosity > 0:
       traceback.print_exc()
     sys.exit(f"{type(error).__name__}: {error}")
-  print_result(result)
+  except Exception:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)  # at once: the others notice that this process is gone, and would not notice that it waits for them
+  if processes.is_first():
+    print_result(result)
 
 
 def print_result(result: dict) -> None:

@@ -23,26 +23,5 @@ fi
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-config="" workdir="" before=""
-for flag in "$@"; do
-  case $before in
-    --config | -config) config=$flag ;;
-  esac
-  case $flag in
-    --config=* | -config=*) config=${flag#*=} ;;
-    --workdir | -workdir | --workdir=* | -workdir=*) workdir=given ;;
-  esac
-  before=$flag
-done
-
-# Defaults go first: main takes --config.x only after --config, and the run folder of another config would be refused.
-defaults=()
-if [[ -z $config ]]; then
-  config=configs/synthetic.py
-  defaults+=("--config=$config")
-fi
-if [[ -z $workdir ]]; then
-  name=${config%%:*}
-  defaults+=("--workdir=runs/$(basename "$name" .py)")
-fi
+read_flags_with_defaults "$@"
 exec .venv/bin/python -m awrsr_jax.main ${defaults[@]+"${defaults[@]}"} "$@"

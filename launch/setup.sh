@@ -1,15 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the other scripts here: goes to the top level of the repository and leaves a ready .venv there.
 # It asks nothing and needs only Python and, the first time, the package registry.
-set -euo pipefail
 
-# An exported CDPATH would send a relative "launch/.." somewhere else.
-CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
-
-die() {
-  printf '%s\n' "$@" >&2
-  exit 1
-}
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # Prints the first interpreter that can make the environment, or says what each one lacked.
 find_python() {

@@ -155,7 +155,8 @@ def test_every_row_comes_once_an_epoch_shifted_by_one_in_its_own_bucket_or_a_lat
 @pytest.mark.parametrize("processes", [1, 2])
 def test_targets_per_step_is_the_mean_over_an_epoch_of_the_global_batch(corpus, processes):
   whole = data_batches.training_batches(corpus, make_config(data__long_history="windows"))
-  part = data_batches.training_batches(corpus, make_config(data__long_history="windows"), 0, processes)
+  part = data_batches.training_batches(corpus, make_config(data__long_history="windows"),
+                                       ((0,), processes))
   counts = [(whole[step]["targets"] > 0).sum() for step in range(whole.steps_per_epoch)]
   assert part.targets_per_step == pytest.approx(np.mean(counts), rel=1e-12) and len(set(counts)) > 1
 
@@ -212,7 +213,8 @@ def test_the_order_of_lengths_is_shuffled_too(make_corpus):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_split_the_same_global_training_batch(corpus, processes):
   whole = data_batches.training_batches(corpus, make_config())
-  parts = [data_batches.training_batches(corpus, make_config(), process, processes) for process in range(processes)]
+  parts = [data_batches.training_batches(corpus, make_config(), ((process,), processes))
+           for process in range(processes)]
   assert {len(part) for part in parts} == {len(whole)}
   for step in range(len(whole)):
     split = [part[step] for part in parts]
@@ -234,14 +236,15 @@ def test_a_stream_from_the_end_is_empty(corpus):
   assert list(data_batches.stream(batches, len(batches))) == []
 
 
-@pytest.mark.parametrize("kind", ["train", "eval"])
-def test_a_batch_that_processes_cannot_share_is_an_error(corpus, kind):
-  config = make_config(train__batch_size=6, eval__batch_size=6)
-  with pytest.raises(ValueError, match=rf"config.{kind}.batch_size=6 must be a multiple of the 4 processes"):
-    if kind == "train":
-      data_batches.training_batches(corpus, config, 0, 4)
-    else:
-      data_batches.ranking_batches(corpus, config, "valid", 0, 4)
+def test_a_process_may_take_any_parts_in_ascending_order(corpus):
+  whole = data_batches.training_batches(corpus, make_config())
+  some = data_batches.training_batches(corpus, make_config(), ((1, 3), 4))
+  for step in range(len(whole)):
+    assert_same(some[step], {name: rows[[1, 3]] for name, rows in whole[step].items()})
+  everyone = list(data_batches.ranking_batches(corpus, make_config(eval__batch_size=8), "test"))
+  for batch, parts in zip(everyone, data_batches.ranking_batches(
+      corpus, make_config(eval__batch_size=8), "test", ((0, 3), 4)), strict=True):
+    assert_same(parts, {name: rows[[0, 1, 6, 7]] for name, rows in batch.items()})
 
 
 # --- ranking batches
@@ -296,7 +299,7 @@ def test_seen_is_as_wide_as_a_bucket_or_n_doubled(corpus):
 def test_processes_split_the_same_global_ranking_batch(corpus, protocol, split, processes):
   config = make_config(eval__protocol=protocol, eval__batch_size=12)  # of 16 users: the last batch has 4
   whole = list(data_batches.ranking_batches(corpus, config, split))
-  parts = [list(data_batches.ranking_batches(corpus, config, split, process, processes))
+  parts = [list(data_batches.ranking_batches(corpus, config, split, ((process,), processes)))
            for process in range(processes)]
   assert len(whole) == 2
   for step, batch in enumerate(whole):

@@ -21,7 +21,6 @@ from awrsr_jax.engine.state import NO_STEP, TrainState, Window
 
 # Orbax leaves failed reads behind, and Python tells of them when it collects them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-UNKNOWN = checkpoint.NOT_EVALUATED
 IDS = {"items": checkpoint.encode_texts(["i1", "é", ""]), "titles": checkpoint.encode_texts(["", "title", ""])}
 
 
@@ -45,10 +44,10 @@ def template_of(state, mesh=None):
                       meshes.shardings(mesh or make(1, 1), state))
 
 
-def save(manager, step, metric=None, mesh=None):
-  """Saves make_state(step); every step is better than those before it unless a metric is given."""
-  metric = step / 100 if metric is None else metric
-  checkpoint.save(manager, make_state(step, mesh), {"step": step, "best": 0.25, "config": {"seed": 0}}, IDS, metric)
+def save(manager, step, best_step=0, mesh=None):
+  """Saves make_state(step); best_step is the best of the steps before it, none unless one is given."""
+  record = {"step": step, "best": 0.25, "best_step": best_step, "config": {"seed": 0}}
+  checkpoint.save(manager, make_state(step, mesh), record, IDS)
   manager.wait_until_finished()
 
 
@@ -149,7 +148,7 @@ def test_the_state_may_be_donated_right_after_saving(tmp_path):
   expected = jax.tree.map(np.array, state)
   overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
   with checkpoint.open_checkpoints(tmp_path) as manager:
-    checkpoint.save(manager, state, {"step": 4}, IDS, 0.5)
+    checkpoint.save(manager, state, {"step": 4, "best_step": 0}, IDS)
     jax.block_until_ready(overwrite(state))
     manager.wait_until_finished()
     assert_bit_equal(checkpoint.restore_newest(manager, template_of(make_state(0)))[0], expected)
@@ -318,25 +317,21 @@ def test_an_interrupted_save_is_cleaned_up_and_its_step_can_be_saved_again(workd
 # --- which are kept
 
 
-def steps_after(workdir, metrics):
-  """Saves steps with their metrics, each from a newly opened manager. Returns the steps kept."""
-  for step, metric in metrics.items():
-    with checkpoint.open_checkpoints(workdir) as manager:
-      save(manager, step, metric)
-  return sorted(int(name) for name in os.listdir(workdir / "checkpoints"))
+def test_the_two_newest_and_the_best_that_the_newest_knows_are_kept(tmp_path):
+  def steps_after(best_steps):
+    """Saves steps that know these best ones, each from a newly opened manager. Returns the steps kept."""
+    for step, best_step in best_steps.items():
+      with checkpoint.open_checkpoints(tmp_path) as manager:
+        save(manager, step, best_step)
+    return sorted(int(name) for name in os.listdir(tmp_path / "checkpoints"))
 
-
-def test_the_two_newest_and_an_older_best_are_kept(tmp_path):
   with checkpoint.open_checkpoints(tmp_path) as manager:
-    for step, metric in {1: 0.1, 2: 0.3, 3: UNKNOWN, 4: 0.2, 5: UNKNOWN, 6: UNKNOWN}.items():
-      save(manager, step, metric)
-    assert sorted(manager.all_steps()) == [2, 5, 6]
-  assert steps_after(tmp_path, {7: 0.3, 8: 0.1}) == [2, 7, 8]  # reopened; of equal metrics the first is the best
-  assert steps_after(tmp_path, {9: 0.4, 10: UNKNOWN, 11: UNKNOWN, 12: 0.1}) == [9, 11, 12]
-
-
-def test_of_equal_metrics_the_first_is_the_best_and_any_is_better_than_none(tmp_path):
-  assert steps_after(tmp_path, {1: UNKNOWN, 2: 0.0, 4: 0.0, 6: 0.0, 8: 0.0}) == [2, 6, 8]
+    for step, best_step in {1: 0, 2: 1, 3: 2, 4: 2, 5: 2}.items():
+      save(manager, step, best_step)
+    assert sorted(manager.all_steps()) == [2, 4, 5]
+  assert steps_after({6: 2, 7: 2}) == [2, 6, 7]
+  assert steps_after({8: 7}) == [7, 8] and steps_after({9: 7, 10: 7}) == [7, 9, 10]
+  assert steps_after({11: 10}) == [10, 11]
 
 
 # --- checksums and hashes

@@ -1,6 +1,7 @@
 """Devices change nothing: one update on 1 and on 8 devices, however batch and item table are split."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from awrsr_jax.config import default, finalize
+from awrsr_jax.config import LOSSES, default, finalize
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.ranking import make_rank_step
 from awrsr_jax.engine.state import NO_STEP, init_state
@@ -33,7 +34,7 @@ def make_config(loss, backbone):
   config.loss.name, config.loss.num_negatives, config.train.log_every = loss, 5, 2
   if loss == "sampled_softmax":
     config.loss.negatives = "popularity"
-  if loss == "bpr":
+  if (loss, backbone) == ("bpr", "stosa"):
     config.loss.pvn_weight = 0.1
   return finalize(config)
 
@@ -52,16 +53,16 @@ def run(config, shape, state, steps=2):
   mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": shape[0], "model": shape[1]}))
   state = jax.device_put(state, meshes.shardings(mesh, state))
   cumulative = meshes.replicate(mesh, np.cumsum(np.arange(1, ITEMS + 1), dtype=np.int32))
-  step = jax.jit(functools.partial(train_step, backbone=build_backbone(config, ITEMS), optimizer=OPTIMIZER,
-                                   config=config, targets_per_step=60.0), donate_argnums=0,
+  step = jax.jit(functools.partial(train_step, backbone=build_backbone(config, ITEMS), mesh=mesh,
+                                   optimizer=OPTIMIZER, config=config, targets_per_step=60.0), donate_argnums=0,
                  compiler_options=FAST_COMPILE)
   states, windows = [jax.tree.map(np.array, state)], []
   for _ in range(steps):
     before = state
-    state, window, bad_step = step(state, meshes.to_global(mesh, make_batch()), cumulative)
+    state, report = step(state, meshes.to_global(mesh, make_batch()), cumulative)
     states.append(jax.tree.map(np.array, state))
-    windows.append(jax.tree.map(float, window))
-    assert int(bad_step) == NO_STEP
+    windows.append(jax.tree.map(float, report.window))
+    assert int(report.bad_step) == NO_STEP and not report.stop
   return states, windows, state, before
 
 
@@ -72,8 +73,7 @@ def initial(backbone):
   return jax.tree.map(np.array, init_state(build_backbone(make_config("softmax", backbone), ITEMS), OPTIMIZER, 0, mesh))
 
 
-@pytest.fixture(scope="module", params=[("softmax", "sasrec"), ("sampled_softmax", "sasrec"), ("bce", "sasrec"),
-                                        ("softmax", "stosa"), ("bpr", "stosa")], ids="-".join)
+@pytest.fixture(scope="module", params=itertools.product(LOSSES, ("sasrec", "stosa")), ids="-".join)
 def runs(request):
   loss, backbone = request.param
   return {shape: run(make_config(loss, backbone), shape, initial(backbone)) for shape in SHAPES}
@@ -140,16 +140,32 @@ def test_no_table_travels_between_devices(job, backbone):
                        state, meshes.shardings(mesh, state))
   split = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=jax.NamedSharding(  # noqa: E731
       mesh, jax.sharding.PartitionSpec("data")))
+  stop = jax.ShapeDtypeStruct((2, 4), np.int32, sharding=jax.NamedSharding(mesh, jax.sharding.PartitionSpec(
+      "data", "model")))
   if job == "ranking":
     lowered = make_rank_step(model, mesh, 128).lower(
-        state.params, {"inputs": split(16, 8), "target": split(16), "seen": split(16, 8)})
+        state.params, {"inputs": split(16, 8), "target": split(16), "seen": split(16, 8), "stop": stop})
   else:
-    step = functools.partial(train_step, backbone=model, optimizer=OPTIMIZER, config=config, targets_per_step=60.0)
+    step = functools.partial(train_step, backbone=model, mesh=mesh, optimizer=OPTIMIZER, config=config,
+                             targets_per_step=60.0)
     whole = jax.ShapeDtypeStruct((rows - 1,), np.int32, sharding=jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    lowered = jax.jit(step).lower(state, {"inputs": split(16, 8), "targets": split(16, 8)}, whole)
+    lowered = jax.jit(step).lower(state, {"inputs": split(16, 8), "targets": split(16, 8), "stop": stop}, whole)
   sent = collectives(lowered.compile(compiler_options=FAST_COMPILE))
   quarters = rows // 4 * 8 * {"sasrec": 1, "stosa": 2}[backbone]
   assert sent and max(np.prod(shape) for shape in sent) <= (16 * 8 * 8 if job == "ranking" else quarters) < rows * 8
+
+
+@pytest.mark.parametrize("loss, backbone", [("softmax", "sasrec"), ("bce", "stosa")])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
+def test_a_batch_in_pieces_and_remat_make_the_same_update(loss, backbone, shape):
+  """Without dropout and draws; bce draws by piece, so there only remat is compared."""
+  start, config = initial(backbone), ml_collections.ConfigDict(make_config(loss, backbone))
+  config.model.dropout = 0.0
+  whole, *_ = run(finalize(config), shape, start)
+  config.model.remat, config.train.accumulate = True, 2 if loss == "softmax" else 1
+  pieces, *_ = run(finalize(config), shape, start)
+  assert_close(pieces[1], whole[1])
+  assert_close(pieces[2], whole[2])
 
 
 def test_the_old_state_is_donated(runs):
@@ -164,5 +180,5 @@ def test_the_step_of_a_job_donates_the_whole_state(small_config):
   job = make_job(small_config)
   state = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
   cumulative = jax.ShapeDtypeStruct((job.corpus.num_items,), np.int32)
-  text = job.train_step.lower(state, job.batches[0], cumulative).as_text()
+  text = job.train_step.lower(state, meshes.to_global(job.mesh, job.batches[0]), cumulative).as_text()
   assert len(re.findall(r"tf.aliasing_output|jax.buffer_donor", text)) == len(jax.tree.leaves(state))

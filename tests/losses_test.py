@@ -20,7 +20,6 @@ LOSSES = {
     "bce": losses.bce,
     "bpr": losses.bpr,
     "gbce": functools.partial(losses.gbce, num_items=11, t=0.75),
-    "softmax": lambda p, n: losses.softmax(jnp.concatenate([p[..., None], n], axis=-1), jnp.zeros(p.shape, jnp.int32)),
     "sampled_softmax": lambda p, n: losses.sampled_softmax(
         p, n, log_expected=jnp.full(n.shape[-1], log(0.3), jnp.float32), collides=jnp.zeros(n.shape, bool)),
 }
@@ -30,7 +29,6 @@ WANTED = {
     "bpr": lambda p, n: sum(-log(sigmoid(p - x)) for x in n) / len(n),
     # alpha = 3 / 10, beta = 0.3 (0.75 (1 - 10 / 3) + 10 / 3) = 0.475
     "gbce": lambda p, n: -log(sigmoid(p) ** 0.475) - sum(log(1 - sigmoid(x)) for x in n),
-    "softmax": lambda p, n: -log(exp(p) / (exp(p) + sum(exp(x) for x in n))),
     "sampled_softmax": lambda p, n: -log(exp(p) / (exp(p) + sum(exp(x) / 0.3 for x in n))),
 }
 
@@ -59,8 +57,6 @@ def test_value_of_the_formula(name):
     ("bpr", 1.0, [1.0, 1.0], log(2)),
     ("bpr", log(3), [0.0, 2 * log(3)], (log(4 / 3) + log(4)) / 2),
     ("gbce", 0.0, [0.0], 1.325 * log(2)),  # alpha = 1/10, beta = 0.1 (0.75 (1 - 10) + 10) = 0.325
-    ("softmax", 0.0, [0.0, 0.0, 0.0], log(4)),
-    ("softmax", log(2), [0.0, log(5)], log(4)),
     ("sampled_softmax", log(2), [log(0.6), log(1.2)], log(4)),  # 2 / (2 + 0.6 / 0.3 + 1.2 / 0.3)
 ])
 def test_value_by_hand(name, positive, negatives, wanted):
@@ -96,7 +92,7 @@ def test_gradient_raises_the_target_and_lowers_the_negatives(name):
   assert np.all(grad_positive < 0) and np.all(grad_negatives > 0)
 
 
-@pytest.mark.parametrize("name", ["bce", "gbce", "softmax", "sampled_softmax"])
+@pytest.mark.parametrize("name", ["bce", "gbce", "sampled_softmax"])
 def test_minus_infinity_adds_nothing_and_gets_no_gradient(name):
   impossible = np.concatenate([NEGATIVES, np.full((2, 2), -np.inf, np.float32)], axis=1)
   if name == "gbce":  # its beta counts the negatives
@@ -115,23 +111,6 @@ def test_bpr_of_an_impossible_negative_is_zero_with_zero_gradient():
   np.testing.assert_array_equal(losses.bpr(POSITIVE, negatives), np.zeros(2))
   for grad in grads_of("bpr", POSITIVE, negatives):
     np.testing.assert_array_equal(grad, np.zeros_like(grad))
-
-
-def test_softmax_of_a_padded_target_can_be_masked_without_nan():
-  """Row 0 of the item table scores -inf and is the target of padding: the caller masks it, gradients stay finite."""
-  scores = np.concatenate([np.full((2, 1), -np.inf, np.float32), NEGATIVES], axis=1)
-  targets = np.array([0, 2], np.int32)
-  loss = lambda scores: jnp.sum(jnp.where(targets > 0, losses.softmax(scores, targets), 0))  # noqa: E731
-  value, grad = jax.value_and_grad(loss)(scores)
-  np.testing.assert_allclose(value, -log(exp(-0.5) / np.sum(exp(NEGATIVES[1]))), rtol=1e-6)
-  assert np.all(np.isfinite(grad)) and not np.any(grad[0])
-
-
-def test_softmax_gradient_is_probability_minus_target():
-  scores, targets = np.concatenate([POSITIVE[:, None], NEGATIVES], axis=1), np.array([2, 0], np.int32)
-  grad = jax.grad(lambda scores: jnp.sum(losses.softmax(scores, targets)))(scores)
-  probability = exp(np.float64(scores)) / np.sum(exp(np.float64(scores)), axis=1, keepdims=True)
-  np.testing.assert_allclose(grad, probability - np.eye(4)[targets], atol=1e-6)
 
 
 def test_gbce_without_calibration_is_bce():
@@ -161,7 +140,8 @@ def test_sampled_softmax_of_all_other_items_once_is_the_full_softmax():
   for target in (0, 3, 8):
     rest = np.delete(scores, target, axis=1)
     found = losses.sampled_softmax(scores[:, target], rest, np.zeros(8, np.float32), np.zeros((4, 8), bool))
-    np.testing.assert_allclose(found, losses.softmax(scores, np.full(4, target, np.int32)), rtol=1e-5, atol=1e-6)
+    wanted = log(np.sum(exp(np.float64(scores)), axis=1)) - scores[:, target]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_sampled_softmax_leaves_out_collisions_and_divides_by_what_was_expected():

@@ -1,5 +1,7 @@
 """The mesh: which devices, where each array lives, and how a batch gets onto them (8 simulated devices)."""
 
+import types
+
 import jax
 import ml_collections
 import numpy as np
@@ -31,18 +33,20 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error(data, model):
 
 
 def test_a_batch_that_does_not_split_is_an_error_that_names_the_key_and_a_size_that_does():
-  mesh = make(4, 2)
   config = default()
   config.train.batch_size, config.eval.batch_size = 8, 4
-  meshes.check_config(mesh, config)
+  meshes.check_config(4, 2, config)
   config.eval.batch_size = 10
   with pytest.raises(ValueError, match=r"config.eval.batch_size=10 must be a multiple of the 4 devices .* take 12"):
-    meshes.check_config(mesh, config)
-  config.train.batch_size = 7
-  meshes.check_config(make(1, 8), config)  # the model axis does not split batches
+    meshes.check_config(4, 2, config)
+  config.eval.batch_size, config.train.accumulate = 4, 3
+  with pytest.raises(ValueError, match=r"train.batch_size=8 must .* axis x config.train.accumulate=3; take 12 or"):
+    meshes.check_config(4, 2, config)
+  config.train.batch_size = 21
+  meshes.check_config(1, 8, config)  # the model axis does not split batches
   config.model.table_multiple = 20
   with pytest.raises(ValueError, match=r"config.model.table_multiple=20 must be a multiple of config.mesh.model=8"):
-    meshes.check_config(make(1, 8), config)
+    meshes.check_config(1, 8, config)
 
 
 def test_the_item_table_and_what_mirrors_it_is_split_and_nothing_else():
@@ -65,7 +69,8 @@ def test_to_global_gives_each_data_device_its_own_rows(data, model):
   batch = {"inputs": np.arange(24, dtype=np.int32).reshape(8, 3), "mask": np.arange(8, dtype=np.float32)}
   mesh = make(data, model)
   placed = meshes.to_global(mesh, batch)
-  assert placed.keys() == batch.keys()
+  assert placed.keys() == {*batch, "stop"} and placed["stop"].shape == (data, model) and not placed["stop"].any()
+  assert meshes.to_global(mesh, batch, stop=True)["stop"].all()
   for name, rows in batch.items():
     assert placed[name].shape == rows.shape and placed[name].dtype == rows.dtype
     assert len(placed[name].addressable_shards) == data * model
@@ -75,8 +80,29 @@ def test_to_global_gives_each_data_device_its_own_rows(data, model):
 
 
 def test_replicate_puts_the_whole_on_every_device():
-  mesh = make(4, 2)
-  split = meshes.to_global(mesh, {"x": np.arange(8)})["x"]
-  whole = meshes.replicate(mesh, split)
+  whole = meshes.replicate(make(4, 2), np.arange(8))
   assert len(whole.addressable_shards) == 8
   assert all(np.array_equal(shard.data, np.arange(8)) for shard in whole.addressable_shards)
+
+
+@pytest.mark.parametrize("owners, parts", [
+    ([[0, 0], [0, 0], [1, 1], [1, 1]], (0, 1)),  # process 0 has two places of the data axis
+    ([[1, 1], [0, 0], [1, 1], [0, 0]], (1, 3)),  # as a topology may lay devices out
+    ([[0, 1], [0, 1], [0, 1], [0, 1]], (0, 1, 2, 3)),  # the model axis spans processes: both take every part
+])
+def test_a_process_takes_the_parts_of_its_devices(owners, parts):
+  device = lambda process: types.SimpleNamespace(process_index=process)  # noqa: E731
+  mesh = types.SimpleNamespace(devices=np.array([[device(owner) for owner in row] for row in owners]),
+                               shape={"data": 4, "model": 2})
+  assert meshes.local_parts.__wrapped__(mesh) == (parts, 4)
+
+
+def test_pieces_put_together_are_the_array_and_cross_processes_bit_for_bit(monkeypatch):
+  mesh = make(2, 4)
+  x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+  x[0] = -0.0
+  split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("model", None)))
+  assert [piece.shape for piece in meshes.pieces(split)] == [(8, 3)]
+  monkeypatch.setattr(type(split), "is_fully_addressable", False)  # as if other hosts held a part
+  found = list(meshes.pieces(split))
+  assert [piece.shape for piece in found] == [(2, 3)] * 4 and np.concatenate(found).tobytes() == x.tobytes()

@@ -1,22 +1,26 @@
-"""The objective of a batch: every loss against sums by hand, the chunked softmax, and the draws of negatives."""
+"""The objective of a batch: every loss against sums by hand, the full softmax in chunks, and the draws of negatives."""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
+import optax
 import pytest
 from refine_test import random_params
 
 from awrsr_jax.config import default
+from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine import objective as module
-from awrsr_jax.engine.objective import draw_shared, draw_unseen, objective, sum_in_chunks
+from awrsr_jax.engine.objective import draw_shared, draw_unseen, objective
 from awrsr_jax.model import losses
 from awrsr_jax.model.backbones import BACKBONES
 from awrsr_jax.model.hidden import Hidden
 
 ITEMS = 13
+MESH = meshes.make_mesh(ml_collections.ConfigDict({"data": 1, "model": 1}))
 COUNTS = np.array([5, 1, 3, 0, 2, 2, 7, 1, 1, 4, 1, 0, 6])  # training interactions of items 1 to 13
 CUMULATIVE = jnp.asarray(np.cumsum(COUNTS), jnp.int32)
 HISTORIES = [[3, 1, 4, 13, 5, 9], [2, 6, 6, 8], []]
@@ -55,7 +59,7 @@ def evaluate(name: str, negatives: str = "uniform", batch: Any = None, dropout: 
   backbone, params = build(dropout, backbone)
   keys = {"dropout": jax.random.key(seed), "negatives": jax.random.key(2)}
   value = lambda params: objective(  # noqa: E731
-      backbone, params, batch or BATCH, CUMULATIVE, loss_of(name, negatives, **loss), keys)
+      backbone, MESH, params, batch or BATCH, CUMULATIVE, loss_of(name, negatives, **loss), keys)
   return jax.value_and_grad(value, has_aux=True)(params)
 
 
@@ -146,42 +150,37 @@ def test_objective_trains_with_dropout_by_its_key(name):
   assert values[0] == values[1] != values[2]
 
 
-@pytest.mark.parametrize("chunk_positions, columns", [(1, 1), (5, 2), (6, 3), (8, 4), (10, 5), (1000, 5)])
-def test_sum_in_chunks_equals_the_sum_at_once_and_never_sees_more_than_a_chunk(chunk_positions, columns, monkeypatch):
+def dense_softmax(params: Any, backbone: Any) -> jax.Array:
+  """Returns the sum of the cross entropy over BATCH, from all scores at once."""
+  hidden = backbone.apply({"params": params}, BATCH["inputs"], method="encode")
+  scores = backbone.apply({"params": params}, hidden, method="score_all")
+  each = optax.softmax_cross_entropy_with_integer_labels(jnp.maximum(scores, -1e30), BATCH["targets"])
+  return jnp.sum(jnp.where(BATCH["targets"] > 0, each, 0))
+
+
+@pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
+@pytest.mark.parametrize("chunk_positions, chunk_scores", [(1, 1 << 20), (4, 1 << 20), (1000, 1 << 20), (1000, 70)])
+def test_the_full_softmax_equals_the_dense_one_in_value_and_gradients(backbone, chunk_positions, chunk_scores,
+                                                                      monkeypatch):
   monkeypatch.setattr(module, "CHUNK_POSITIONS", chunk_positions)
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-  params, hidden = {"w": draw(4, 1), "b": draw()}, Hidden(mean=draw(2, 5, 4), cov=draw(2, 5, 4))
-  targets = jnp.array([[0, 0, 2, 3, 1], [4, 1, 1, 2, 5]])
-  seen = set()
-
-  def chunk_loss(params: Any, hidden: Hidden, targets: jax.Array) -> jax.Array:
-    seen.add(targets.shape)
-    score = jnp.tanh(hidden.mean @ params["w"] + params["b"])[..., 0] * jnp.sum(hidden.cov, axis=-1)
-    return jnp.sum(jnp.where(targets > 0, jnp.exp(score) * targets, 0))
-
-  at_once = lambda *args: jnp.log(3 * chunk_loss(*args, targets))  # noqa: E731
-  in_chunks = lambda *args: jnp.log(3 * sum_in_chunks(chunk_loss, *args, targets))  # noqa: E731
-  found = jax.value_and_grad(in_chunks, argnums=(0, 1))(params, hidden)
-  assert seen == {(2, columns)}
-  wanted = jax.value_and_grad(at_once, argnums=(0, 1))(params, hidden)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
-
-
-@pytest.mark.parametrize("chunk_positions", [3, 6])
-def test_chunked_softmax_equals_the_dense_one_in_value_and_gradients(chunk_positions, monkeypatch):
-  monkeypatch.setattr(module, "CHUNK_POSITIONS", chunk_positions)  # 1 and 2 of 5 columns at a time
-  backbone, params = build()
-
-  def dense(params: Any) -> jax.Array:
-    hidden = backbone.apply({"params": params}, BATCH["inputs"], method="encode")
-    scores = backbone.apply({"params": params}, hidden, method="score_all")
-    return jnp.sum(jnp.where(BATCH["targets"] > 0, losses.softmax(scores, BATCH["targets"]), 0))
-
-  wanted = jax.value_and_grad(dense)(params)
-  (total, _), grad = evaluate("softmax")
+  monkeypatch.setattr(module, "CHUNK_SCORES", chunk_scores)
+  model, params = build(backbone=backbone)
+  seen, score_rows = set(), type(model).score_rows
+  monkeypatch.setattr(type(model), "score_rows", staticmethod(
+      lambda hidden, rows: (seen.add(hidden.mean.shape), score_rows(hidden, rows))[1]))
+  (total, _), grad = evaluate("softmax", backbone=backbone)
+  assert seen == {(min(chunk_positions, 15, chunk_scores // 16), 8)}  # of 3 x 5 positions, by a table of 16 rows
+  wanted = jax.value_and_grad(dense_softmax)(params, model)
   np.testing.assert_allclose(total, wanted[0], rtol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grad, wanted[1])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), grad, wanted[1])
+
+
+def test_the_gradient_of_the_full_softmax_goes_on_to_what_is_made_of_it():
+  model, params = build()
+  value = lambda params: jnp.log(3 * objective(  # noqa: E731
+      model, MESH, params, BATCH, CUMULATIVE, loss_of("softmax"), {"dropout": jax.random.key(0)})[0])
+  wanted = jax.grad(lambda params: jnp.log(3 * dense_softmax(params, model)))(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.grad(value)(params), wanted)
 
 
 # Rows with repeats, with both ends of the item numbers, with neighbouring numbers, padded, and without any item.

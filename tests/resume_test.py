@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from awrsr_jax.engine.processes import TRY_AGAIN
+
 ROOT = pathlib.Path(__file__).parent.parent
 EPOCHS = 30
 FLAGS = (f"--config.train.epochs={EPOCHS}", "--config.checkpoint.every_steps=7", "--config.eval.every_epochs=2",
@@ -35,16 +37,16 @@ def read_result(workdir: pathlib.Path) -> dict:
   return {key: value for key, value in result.items() if key != "wall_time_s"}
 
 
-def kill_when(workdir: pathlib.Path, condition) -> None:
-  """Starts the run and kills it, kill -9, as soon as the condition holds."""
+def kill_when(workdir: pathlib.Path, condition, number: int = signal.SIGKILL) -> int:
+  """Starts the run and sends it a signal as soon as the condition holds. Returns its exit code."""
   process = subprocess.Popen(command(workdir, *FLAGS), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   deadline = time.monotonic() + 300
   while not condition():
     assert process.poll() is None, "the run ended before it could be killed"
     assert time.monotonic() < deadline
     time.sleep(0.001)
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
+  os.kill(process.pid, number)
+  return process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +57,20 @@ def uninterrupted(tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
-def test_killed_twice_ends_bit_equal(uninterrupted, tmp_path):
+def test_killed_twice_and_told_to_stop_once_ends_bit_equal(uninterrupted, tmp_path):
   workdir = tmp_path / "run"
 
   def lines() -> int:
     path = workdir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
-  def is_saving() -> bool:
-    return lines() > 25 and any((workdir / "checkpoints").glob("*tmp*"))
+  def is_saving(after: int) -> bool:
+    return lines() > after and any((workdir / "checkpoints").glob("*tmp*"))
 
   kill_when(workdir, lambda: lines() >= 8)  # between checkpoints
   assert not (workdir / "result.json").exists()
-  kill_when(workdir, is_saving)  # inside an asynchronous save
+  assert kill_when(workdir, lambda: is_saving(15), signal.SIGTERM) == TRY_AGAIN  # which lets it save twice
+  kill_when(workdir, lambda: is_saving(25))  # inside an asynchronous save
   done = run(workdir, *FLAGS)
   assert done.returncode == 0, done.stderr
   assert "resumed at step" in done.stderr

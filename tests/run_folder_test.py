@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
@@ -210,19 +211,19 @@ def line(step, **values):
 
 def test_lines_of_a_lost_part_and_damaged_lines_go_and_the_others_stay_as_they_were(tmp_path, caplog):
   path = tmp_path / "metrics.jsonl"
-  good = [line(3, split="train", loss=0.1), line(6, split="train"), line(6, split="valid", mrr=1e-7)]
+  good = [line(3, split="train", loss=0.1), line(4, split="valid", mrr=1e-7), line(6, split="train")]
   bad = ['{"step": 5, "lo\n', "[1]\n", "7\n", '{"loss": 1}\n', "\n", '{"step": null}\n', "\x00\x00\n"]
-  path.write_text("".join([good[0], *bad, good[1], good[2], line(7, split="train"), line(6, split="late")[:-1]]))
-  run_folder.keep_lines(path, 6)
+  path.write_text("".join([good[0], *bad, good[1], good[2], line(6, split="valid"), line(7, split="train"), line(6, split="late")[:-1]]))
+  assert run_folder.keep_lines(epath.Path(path), 6) == "".join(good)
   assert path.read_text() == "".join(good) and os.listdir(tmp_path) == ["metrics.jsonl"]
   assert len([record for record in caplog.records if "damaged line" in record.message]) == len(bad)
 
 
 def test_no_lines_are_kept_of_nothing(tmp_path):
-  run_folder.keep_lines(tmp_path / "metrics.jsonl", 6)
+  assert run_folder.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 6) == ""
   assert os.listdir(tmp_path) == []
   (tmp_path / "metrics.jsonl").write_text(line(1) + line(2))
-  run_folder.keep_lines(tmp_path / "metrics.jsonl", 0)
+  assert run_folder.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 0) == ""
   assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -278,3 +279,27 @@ def test_without_a_terminal_each_line_is_logged(tmp_path, caplog):
   writer.write(5, 2, "valid", {"ndcg@10": 0.125})
   writer.close()
   assert "step 5/10 epoch 2 valid ndcg@10=0.125 eta" in caplog.text
+
+
+def test_a_bucket_gets_whole_files_and_no_lock(tmp_path, monkeypatch):
+  """On a local folder, taken for a bucket: what is written differs, not where."""
+  monkeypatch.setattr(run_folder, "is_remote", lambda path: True)
+  monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("a bucket cannot rename"))
+  for _ in range(2):  # the second time it is compared
+    run_folder.open_run(tmp_path, make_config(), CORPUS).close()
+  with pytest.raises(ValueError, match="another config"):
+    open_and_close(tmp_path, model__width=32)
+  for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+    writer = run_folder.MetricsWriter(tmp_path, start, 10)
+    for step in steps:
+      writer.write(step, 1, "train", {"loss": start + step / 8})
+      assert len((tmp_path / "metrics.jsonl").read_text().splitlines() if start else []) in (0, 2)
+    writer.close()
+  lines = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [(row["step"], row["loss"]) for row in lines] == [(1, 0.125), (2, 0.25), (3, 2.375), (4, 2.5)]
+  assert sorted(os.listdir(tmp_path)) == ["config.json", "corpus.json", "metrics.jsonl"]
+
+
+def test_a_bucket_that_cannot_be_opened_here_is_an_error_that_says_what_is_missing():
+  with pytest.raises(ValueError, match=r"--workdir=gs://nowhere/run: .*install what opens such a path .*gcsfs"):
+    run_folder.open_run("gs://nowhere/run", make_config(), CORPUS)

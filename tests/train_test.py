@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awrsr_jax.engine import checkpoint, ranking
+from awrsr_jax.engine import checkpoint, processes, ranking
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import init_state
 from awrsr_jax.engine.train import make_job, train
@@ -75,6 +75,32 @@ def test_patience_stops_the_run(small_config, tmp_path):
   assert train(small_config, tmp_path) == result  # and it stays stopped
 
 
+def test_a_run_that_is_told_to_stop_anywhere_ends_bit_equal(small_config, tmp_path):
+  """In both epochs, in both evaluations, and in that of the test split; nothing trained is lost."""
+  expected = train(small_config, tmp_path / "uninterrupted")
+  small_config.checkpoint.every_steps = 3
+  asked, stopped = [], []
+
+  def told_to_stop() -> bool:
+    asked.append(None)
+    return len(asked) >= 2 + len(stopped)  # once more every time: so it gets ahead, and is stopped everywhere
+
+  result = None
+  while result is None:
+    try:
+      asked.clear()
+      result = train(small_config, tmp_path / "run", told_to_stop)
+    except processes.Preempted as notice:
+      stopped.append(str(notice))
+  # 8 steps; evaluations of 2 batches after steps 4 and 8, and at the end of both splits
+  assert stopped == ["at step 3 of 8", "while ranking the valid split", "at step 6 of 8",
+                     "while ranking the valid split", "while ranking the test split"]
+  without_clock = lambda workdir: [  # noqa: E731
+      {**line, "interactions_per_sec": None} for line in read_lines(tmp_path / workdir)]
+  assert without_clock("run") == without_clock("uninterrupted")
+  assert {**result, "wall_time_s": 0} == {**expected, "wall_time_s": 0}
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(small_config, tmp_path):
   small_config.train.epochs = 3
   train(small_config, tmp_path)
@@ -117,8 +143,8 @@ def test_every_loss_takes_a_step_downhill(name, backbone, small_config):
   popularity = meshes.replicate(job.mesh, np.arange(1, job.corpus.num_items + 1, dtype=np.int32))
   losses = []
   for _ in range(12):
-    state, window, _ = job.train_step(state, batch, popularity)
-    losses.append(float(window.loss))
+    state, report = job.train_step(state, batch, popularity)
+    losses.append(float(report.window.loss))
   steps = np.diff([0, *losses[:3]])  # a window of log_every=3 steps
   assert losses[0] == steps[0] and losses[3] < losses[0]
   assert losses[9] < 0.98 * losses[0]
@@ -130,8 +156,8 @@ def test_the_window_restarts_after_a_line(small_config):
   popularity = meshes.replicate(job.mesh, np.arange(1, job.corpus.num_items + 1, dtype=np.int32))
   counts = []
   for step in range(5):
-    state, window, _ = job.train_step(state, meshes.to_global(job.mesh, job.batches[step]), popularity)
-    counts.append(int(window.steps))
+    state, report = job.train_step(state, meshes.to_global(job.mesh, job.batches[step]), popularity)
+    counts.append(int(report.window.steps))
   assert counts == [1, 2, 3, 1, 2]
 
 

@@ -1,7 +1,8 @@
 """Batches: left-padded, length-bucketed, each a pure function of (seed, step).
 
 Owns the way from a `Corpus` to int32 arrays. Shapes: B rows, L padded length, S padded length of full histories,
-C candidates. A batch holds this process's rows of the global batch; position in the stream is one integer, the step.
+C candidates. A global batch is cut into equal parts, one for each device of the "data" axis; a batch here holds the
+parts that this process's devices take. Position in the stream is one integer, the step.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ import numpy as np
 from awrsr_jax.data.corpus import Corpus
 
 Batch = dict[str, np.ndarray]
+Parts = tuple[tuple[int, ...], int]  # which parts of a global batch, and how many it has; see mesh.local_parts
+WHOLE: Parts = (0,), 1
 TARGET_FROM_END = {"valid": 2, "test": 1}  # leave-one-out: the last item is test, the one before it validation
 NUM_CANDIDATES = 100  # of the sampled protocols, as their name says
 
@@ -82,9 +85,16 @@ def gather_rows(items: np.ndarray, starts: np.ndarray, ends: np.ndarray, length:
   return np.where(real, items[np.where(real, position, 0)], 0).astype(np.int32)
 
 
+def take_parts(x: np.ndarray, batch_size: int, parts: Parts) -> np.ndarray:
+  """Returns some parts of x (up to batch_size, ...), one after another, after filling it up with 0."""
+  chosen, count = parts
+  x = np.pad(x, [(0, batch_size - len(x))] + [(0, 0)] * (x.ndim - 1))
+  return x.reshape(count, batch_size // count, *x.shape[1:])[list(chosen)].reshape(-1, *x.shape[1:])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # identity: the cache of epochs hashes it
 class TrainBatches:
-  """Training batches by index: `batches[step]` is this process's part of global batch `step`.
+  """Training batches by index: `batches[step]` is this process's parts of global batch `step`.
 
   Rows are shuffled, sorted by bucket and cut into batches, so that a batch is padded only to the bucket of its longest
   row; then the batches are shuffled. Every row comes once an epoch. Only one batch of an epoch is not full: its missing
@@ -98,8 +108,7 @@ class TrainBatches:
   batch_size: int
   epochs: int
   seed: int
-  process: int = 0
-  processes: int = 1
+  parts: Parts = WHOLE
 
   @property
   def steps_per_epoch(self) -> int:
@@ -126,32 +135,27 @@ class TrainBatches:
     return self.epochs * self.steps_per_epoch
 
   def __getitem__(self, step: int) -> Batch:
-    """Returns inputs_BxL and targets_BxL, int32, B = batch_size / processes."""
+    """Returns inputs_BxL and targets_BxL, int32; B is batch_size times the share of the parts."""
     epoch, batch = divmod(int(step), self.steps_per_epoch)
     rows, order = self._epoch(epoch)
     rows = rows[order[batch] * self.batch_size:(order[batch] + 1) * self.batch_size]
     length = self.buckets[self._bucket_of_row[rows[-1]]]
-    local = self.batch_size // self.processes
-    rows = rows[self.process * local:(self.process + 1) * local]
-    starts, ends = (np.pad(x[rows], (0, local - len(rows))) for x in (self.starts, self.ends))
+    starts, ends = (take_parts(x[rows], self.batch_size, self.parts) for x in (self.starts, self.ends))
     return {"inputs": gather_rows(self.items, starts, ends - 1, length),
             "targets": gather_rows(self.items, starts + 1, ends, length)}
 
 
-def training_batches(corpus: Corpus, config: Any, process: int = 0, processes: int = 1) -> TrainBatches:
+def training_batches(corpus: Corpus, config: Any, parts: Parts = WHOLE) -> TrainBatches:
   """Returns the training batches of a run: all of its epochs, for one of its processes.
 
   Raises:
-    ValueError: the batch size is no multiple of the number of processes, or there is nothing to train on.
+    ValueError: there is nothing to train on.
   """
-  if config.train.batch_size % processes:
-    raise ValueError(f"config.train.batch_size={config.train.batch_size} must be a multiple of the {processes} "
-                     "processes, each of which reads an equal part")
   data = config.data
   starts, ends = training_rows(corpus, data.max_length, data.long_history)
   buckets = plan_buckets(ends - starts - 1, data.buckets)
   return TrainBatches(corpus.items, starts, ends, buckets, config.train.batch_size, config.train.epochs, config.seed,
-                      process, processes)
+                      parts)
 
 
 def stream(batches: TrainBatches, start: int) -> Iterator[Batch]:
@@ -179,28 +183,25 @@ class RankingBatches:
   buckets: tuple[int, ...]
   protocol: str
   seed: int
-  process: int = 0
-  processes: int = 1
+  parts: Parts = WHOLE
 
   def __len__(self) -> int:
     return -(-len(self.users) // self.batch_size)
 
   def __iter__(self) -> Iterator[Batch]:
-    local = self.batch_size // self.processes
     for batch in range(len(self)):
       users = self.users[batch * self.batch_size:(batch + 1) * self.batch_size]
       seen_length = self._seen_length(users)
       length = min(seen_length, self.max_length)
-      users = users[self.process * local:(self.process + 1) * local]
-      fill = (0, local - len(users))
+      real = take_parts(np.ones(len(users), bool), self.batch_size, self.parts)
+      users = take_parts(users, self.batch_size, self.parts)
       starts, targets = self.corpus.offsets[users], self.corpus.offsets[users + 1] - TARGET_FROM_END[self.split]
-      starts, ends = np.pad(starts, fill), np.pad(targets, fill)
-      seen = gather_rows(self.corpus.items, starts, ends, seen_length)
-      result = {"inputs": seen[:, -length:], "seen": seen,
-                "target": np.pad(self.corpus.items[targets], fill).astype(np.int32),
-                "mask": np.pad(np.ones(len(users), np.float32), fill)}
+      seen = gather_rows(self.corpus.items, starts, np.where(real, targets, starts), seen_length)
+      result = {"inputs": seen[:, -length:], "seen": seen, "mask": real.astype(np.float32),
+                "target": np.where(real, self.corpus.items[targets], 0).astype(np.int32)}
       if self.protocol != "full":
-        result["candidates"] = np.pad(self._candidates(users), (fill, (0, 0)))
+        result["candidates"] = np.zeros((len(users), NUM_CANDIDATES), np.int32)
+        result["candidates"][real] = self._candidates(users[real])
       yield result
 
   def _seen_length(self, users: np.ndarray) -> int:
@@ -234,21 +235,19 @@ class RankingBatches:
     return result
 
 
-def ranking_batches(corpus: Corpus, config: Any, split: str, process: int = 0, processes: int = 1) -> RankingBatches:
+def ranking_batches(corpus: Corpus, config: Any, split: str, parts: Parts = WHOLE) -> RankingBatches:
   """Returns the ranking batches of a split ("valid" or "test") under the config's protocol.
 
   Raises:
-    ValueError: the batch size is no multiple of the processes, or too few items are left to sample candidates from.
+    ValueError: too few items are left to sample candidates from.
   """
-  if config.eval.batch_size % processes:
-    raise ValueError(f"config.eval.batch_size={config.eval.batch_size} must be a multiple of the {processes} processes")
   lengths = history_lengths(corpus, split)
   if config.eval.protocol != "full":
     _check_candidates(corpus, config.eval.protocol, int(lengths.max()) + 1)
   users = np.argsort(lengths, kind="stable")
   buckets = plan_buckets(np.minimum(lengths, config.data.max_length), config.data.buckets)
   return RankingBatches(corpus, split, users, config.eval.batch_size, config.data.max_length, buckets,
-                        config.eval.protocol, config.seed, process, processes)
+                        config.eval.protocol, config.seed, parts)
 
 
 def _check_candidates(corpus: Corpus, protocol: str, most_known: int) -> None:

@@ -2,6 +2,10 @@
 
 Items of a bundle: `state` (TrainState), `record` (JSON: step, early stopping, config, corpus, a checksum for every
 array), `ids` (raw ids and titles of the items). Kept: the two newest, and the best on validation.
+
+A bundle is the state of a step before its evaluation, which its record does not know: saving goes on beside evaluating,
+and whoever goes on from it evaluates first. All processes of a run call these functions together; Orbax lets each write
+what its devices hold.
 """
 
 import errno
@@ -10,33 +14,44 @@ import itertools
 import json
 import logging
 import os
-import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from awrsr_jax.engine import processes
+from awrsr_jax.engine.mesh import pieces
 from awrsr_jax.engine.state import TrainState
 
 LOG = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 KEPT_LATEST = 2
-NOT_EVALUATED = -1.0  # below any metric
+
+
+class NewestAndBest(preservation_policy.PreservationPolicy):
+  """Keeps the newest, and the best on validation as the newest of them knows it."""
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    best = (checkpoints[-1].metrics or {}).get("best_step") if checkpoints else None
+    newest = {info.step for info in checkpoints[-KEPT_LATEST:]}
+    return [info.step in newest or info.step == best for info in checkpoints]
 
 
 def open_checkpoints(workdir: str | os.PathLike[str]) -> ocp.CheckpointManager:
-  """Opens the checkpoints of a run folder; leftovers of an interrupted save are removed."""
-  best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["rank"], n=1)
+  """Opens the checkpoints of a run folder, or of gs://...; leftovers of an interrupted save are removed."""
   options = ocp.CheckpointManagerOptions(
-      preservation_policy=preservation_policy.AnyPreservationPolicy(
-          [preservation_policy.LatestN(KEPT_LATEST), best]),
-      best_fn=lambda metrics: metrics["rank"],  # without it Orbax writes no metrics at all
+      preservation_policy=NewestAndBest(),
+      best_fn=lambda metrics: metrics["best_step"],  # without it Orbax writes no metrics at all
       cleanup_tmp_directories=True,
       enable_async_checkpointing=True)
-  return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+  folder = epath.Path(workdir)
+  folder = folder if "://" in str(folder) else folder.absolute()
+  return ocp.CheckpointManager(folder / "checkpoints", options=options)
 
 
 @jax.jit
@@ -61,16 +76,14 @@ def name_checksums(tree: Any) -> dict[str, int]:
   return {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for path, value in leaves}
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any], ids: dict[str, np.ndarray],
-         metric: float) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any], ids: dict[str, np.ndarray]) -> None:
   """Starts saving a bundle in the background.
 
   Args:
     manager: from open_checkpoints.
     state: taken over at once: the caller may donate it right after.
-    record: JSON, with "step".
-    ids: from encode_ids.
-    metric: validation NDCG@10 of this step; NOT_EVALUATED if it was not measured.
+    record: JSON, with "step" and "best_step", the best of the steps evaluated so far.
+    ids: from encode_items.
   """
   step = record["step"]
   record = record | {"schema": SCHEMA, "checksums": name_checksums(state), "ids_sha256": hash_arrays(ids)}
@@ -78,8 +91,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), ids=ocp.args.StandardSave(ids),
                               record=ocp.args.JsonSave({"content": record, "sha256": hash_json(record)})),
-      # of equal values the first is the best, as in early stopping
-      metrics={"rank": [metric, -step]},
+      metrics={"best_step": record["best_step"]},
       force=True)
 
 
@@ -100,10 +112,8 @@ def restore_newest(manager: ocp.CheckpointManager, template: TrainState) -> tupl
   for step in steps:
     try:
       return restore_step(manager, step, template)
-    except Exception as error:  # Orbax raises bare Exception for damaged files
-      if is_of_machine(error):
-        raise
-      LOG.error("checkpoint %d of %s is damaged and is not used: %s", step, manager.directory, first_line(error))
+    except ValueError as error:
+      LOG.error("checkpoint %d of %s is damaged and is not used: %s", step, manager.directory, error)
       set_aside(manager, step)
   if steps:
     raise ValueError(f"none of the checkpoints {steps} in {manager.directory} can be restored (see the log above; "
@@ -115,10 +125,16 @@ def restore_step(manager: ocp.CheckpointManager, step: int, template: TrainState
   """Restores one bundle and checks every array against its checksum.
 
   Raises:
-    ValueError: it does not fit the template, or is damaged. Orbax raises other exceptions for unreadable files.
+    ValueError: it does not fit the template, or is damaged, as any of the processes sees it.
   """
-  restored = manager.restore(step, args=ocp.args.Composite(
-      state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()))
+  with processes.together():
+    try:
+      restored = manager.restore(step, args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()))
+    except Exception as error:  # Orbax raises bare Exception for damaged files
+      if is_of_machine(error):
+        raise
+      raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
   state, record = restored["state"], restored["record"]["content"]
   if hash_json(record) != restored["record"]["sha256"]:
     raise ValueError("its record was changed after saving")
@@ -152,26 +168,23 @@ def is_of_machine(error: Exception) -> bool:
   return is_full or getattr(error, "errno", None) in machine
 
 
-def damaged_folder(manager: ocp.CheckpointManager) -> pathlib.Path:
+def damaged_folder(manager: ocp.CheckpointManager) -> epath.Path:
   """Returns where damaged checkpoints are moved to."""
-  return pathlib.Path(manager.directory).with_name("checkpoints_damaged")
+  return manager.directory.with_name("checkpoints_damaged")
 
 
 def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
   """Moves a damaged checkpoint out of the way of the run, so that its step can be saved again; nothing is deleted."""
-  folder = damaged_folder(manager)
-  folder.mkdir(exist_ok=True)
-  target, copies = folder / str(step), 0
-  while target.exists():
-    copies += 1
-    target = folder / f"{step}.{copies}"
-  os.replace(pathlib.Path(manager.directory) / str(step), target)
+  if processes.is_first():
+    folder = damaged_folder(manager)
+    folder.mkdir(exist_ok=True)
+    target, copies = folder / str(step), 0
+    while target.exists():
+      copies += 1
+      target = folder / f"{step}.{copies}"
+    (manager.directory / str(step)).rename(target)
+  processes.gather("")  # all wait until it is gone
   manager.reload()
-
-
-def first_line(error: Exception) -> str:
-  """Returns an exception in one line."""
-  return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def hash_json(content: dict[str, Any]) -> str:
@@ -182,10 +195,11 @@ def hash_json(content: dict[str, Any]) -> str:
 def hash_arrays(tree: Any) -> str:
   """Returns the sha256 of all bytes of a tree of arrays: little-endian, C order, leaves sorted by their path."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  named = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+  named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
   digest = hashlib.sha256()
   for name in sorted(named):
-    digest.update(named[name].astype(named[name].dtype.newbyteorder("<")).tobytes())
+    for piece in pieces(named[name]):
+      digest.update(piece.astype(piece.dtype.newbyteorder("<")).tobytes())
   return digest.hexdigest()
 
 

@@ -1,11 +1,16 @@
 """Devices: the ("data", "model") mesh, where each array lives on it, and local rows -> global arrays."""
 
+import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from awrsr_jax.data.batches import Parts
 
 # The path of a parameter, or of optimizer state that mirrors it -> how it is split. First match wins.
 RULES = (
@@ -14,51 +19,122 @@ RULES = (
 )
 
 
-def make_mesh(mesh: Any) -> Mesh:
-  """Lays devices out as (data, model).
+def mesh_sizes(mesh: Any, devices: int) -> tuple[int, int]:
+  """Returns (data, model), the devices along each axis.
 
   Args:
     mesh: the `mesh` node of a config; data = -1 takes all devices that model leaves, data = 1 and model = 1 the first.
+    devices: how many there are.
 
   Raises:
     ValueError: there are fewer than data x model devices, or data = -1 leaves some over.
   """
-  devices = jax.devices()
-  data = len(devices) // mesh.model if mesh.data == -1 else mesh.data
+  data = devices // mesh.model if mesh.data == -1 else mesh.data
   used = data * mesh.model
-  if not 1 <= used <= len(devices) or (mesh.data == -1 and used != len(devices)):
-    raise ValueError(f"config.mesh.data={mesh.data} x config.mesh.model={mesh.model} does not fit {len(devices)} "
+  if not 1 <= used <= devices or (mesh.data == -1 and used != devices):
+    raise ValueError(f"config.mesh.data={mesh.data} x config.mesh.model={mesh.model} does not fit {devices} "
                      "devices; set mesh.data=-1 and mesh.model to a divisor of the devices")
-  return jax.make_mesh((data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
+  return data, mesh.model
 
 
-def check_config(mesh: Mesh, config: Any) -> None:
-  """Raises ValueError when batches or the item table do not split evenly over the mesh."""
-  data, model = mesh.shape["data"], mesh.shape["model"]
-  for name in ("train", "eval"):
-    size = config[name].batch_size
-    if size % data:
-      raise ValueError(f"config.{name}.batch_size={size} must be a multiple of the {data} devices of the data axis; "
-                       f"take {-(-size // data) * data} or lower mesh.data")
+def make_mesh(mesh: Any) -> Mesh:
+  """Lays the devices of all processes out as (data, model).
+
+  Raises:
+    ValueError: see mesh_sizes; or a process would have no device.
+  """
+  devices = jax.devices()
+  data, model = mesh_sizes(mesh, len(devices))
+  idle = set(range(jax.process_count())) - {device.process_index for device in devices[:data * model]}
+  if idle:
+    raise ValueError(f"config.mesh.data={data} x config.mesh.model={model} leaves processes {sorted(idle)} of "
+                     f"{jax.process_count()} without a device; use all {len(devices)} devices (mesh.data=-1), or start "
+                     "fewer processes")
+  return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2,
+                       devices=devices[:data * model])
+
+
+def check_config(data: int, model: int, config: Any) -> None:
+  """Raises ValueError when batches or the item table do not split evenly over `data` x `model` devices."""
+  for name, pieces, why in (("train", config.train.accumulate, f" x config.train.accumulate={config.train.accumulate}"),
+                            ("eval", 1, "")):
+    size, multiple = config[name].batch_size, data * pieces
+    if size % multiple:
+      raise ValueError(f"config.{name}.batch_size={size} must be a multiple of the {data} devices of the data axis"
+                       f"{why if pieces > 1 else ''}; take {-(-size // multiple) * multiple} or lower mesh.data")
   if config.model.table_multiple % model:
     raise ValueError(f"config.model.table_multiple={config.model.table_multiple} must be a multiple of "
                      f"config.mesh.model={model}, the devices that share the item table")
 
 
+def split_of(path: Any) -> PartitionSpec:
+  """Returns how the array at a path of a state is split, by RULES."""
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  return next(spec for pattern, spec in RULES if re.search(pattern, name))
+
+
 def shardings(mesh: Mesh, tree: Any) -> Any:
   """Returns a tree of NamedShardings for a tree of arrays or shapes, by RULES."""
-  def place(path: Any, _: Any) -> NamedSharding:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return NamedSharding(mesh, next(spec for pattern, spec in RULES if re.search(pattern, name)))
-  return jax.tree_util.tree_map_with_path(place, tree)
+  return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, split_of(path)), tree)
 
 
-def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Returns a batch as global arrays, split over "data"; each process brings its own rows."""
+@functools.cache
+def local_parts(mesh: Mesh) -> Parts:
+  """Returns which parts of a global batch this process's devices take, in ascending order, and how many there are.
+
+  A part is what one place of the "data" axis takes. Where the "model" axis spans processes, several take the same part.
+  """
+  here = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+  return tuple(np.flatnonzero(here.any(axis=1)).tolist()), mesh.shape["data"]
+
+
+def to_global(mesh: Mesh, batch: dict[str, np.ndarray], stop: bool = False) -> dict[str, jax.Array]:
+  """Returns a batch as global arrays, split over "data"; each process brings its own parts (see local_parts).
+
+  With it goes `stop`, (data, model): for each device, whether its process was told to stop.
+  """
   split = NamedSharding(mesh, PartitionSpec("data"))
-  return {name: jax.make_array_from_process_local_data(split, rows) for name, rows in batch.items()}
+  parts, count = local_parts(mesh)
+
+  def place(rows: np.ndarray) -> jax.Array:
+    size = len(rows) // len(parts)
+
+    def take(index: tuple[slice, ...]) -> np.ndarray:
+      at = parts.index((index[0].start or 0) // size)
+      return rows[at * size:(at + 1) * size]
+
+    return jax.make_array_from_callback((size * count, *rows.shape[1:]), split, take)
+
+  return {name: place(rows) for name, rows in batch.items()} | {"stop": _on_each_device(mesh, int(stop))}
 
 
-def replicate(mesh: Mesh, x: Any) -> Any:
-  """Returns a tree of arrays, whole on every device."""
-  return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+@functools.cache
+def _on_each_device(mesh: Mesh, value: int) -> jax.Array:
+  place = NamedSharding(mesh, PartitionSpec("data", "model"))
+  return jax.make_array_from_callback(mesh.devices.shape, place, lambda _: np.full((1, 1), value, np.int32))
+
+
+def replicate(mesh: Mesh, x: np.ndarray) -> jax.Array:
+  """Returns an array that every process has, whole on every device."""
+  return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index])
+
+
+def pieces(x: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
+  """Yields an array on this host, in the order of its rows.
+
+  Where other hosts hold rows of it, it comes in one piece a device of the "model" axis, and no device ever holds more
+  than two of them.
+  """
+  if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
+    yield np.asarray(x)
+    return
+  mesh, words = x.sharding.mesh, PartitionSpec("model")
+
+  def send(rows: jax.Array, owner: jax.Array) -> jax.Array:  # as integers: adding 0 must not change -0.0
+    rows = jax.lax.bitcast_convert_type(rows, jnp.int32)
+    return jax.lax.psum(jnp.where(jax.lax.axis_index("model") == owner, rows, 0), "model")
+
+  from_owner = jax.jit(jax.shard_map(send, mesh=mesh, in_specs=(words, PartitionSpec()), out_specs=PartitionSpec(),
+                                     check_vma=False))
+  for owner in range(mesh.shape["model"]):
+    yield np.asarray(from_owner(x, owner)).view(x.dtype)

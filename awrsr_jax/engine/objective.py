@@ -4,25 +4,27 @@ Shapes: B batch, L length, K negatives, I items. Only real targets (> 0) count.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh, PartitionSpec
 
 from awrsr_jax.model import losses
 from awrsr_jax.model.hidden import hide_other_rows
 
 CHUNK_POSITIONS = 256  # of the full softmax at a time: [chunk, items] scores stay in a CPU's cache, no memory on others
+CHUNK_SCORES = 1 << 27  # the most scores of a chunk on a device: 512 MiB
 
 
-def objective(backbone: nn.Module, params: Any, batch: dict[str, jax.Array], cumulative: jax.Array, loss: Any,
-              keys: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def objective(backbone: nn.Module, mesh: Mesh, params: Any, batch: dict[str, jax.Array], cumulative: jax.Array,
+              loss: Any, keys: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Returns (sum of the loss over real targets, number of real targets), both float32 scalars.
 
   Args:
     backbone: any backbone of the contract.
+    mesh: where parameters and batch live.
     params: its parameters.
     batch: inputs_BxL, targets_BxL.
     cumulative: (I,) int32, training interactions with items 1 to i; read by popularity negatives only.
@@ -35,10 +37,7 @@ def objective(backbone: nn.Module, params: Any, batch: dict[str, jax.Array], cum
   num_items = backbone.num_items
   match loss.name:
     case "softmax":
-      def chunk_loss(catalogue: Any, hidden: Any, targets: jax.Array) -> jax.Array:
-        scores = hide_other_rows(backbone.score_rows(hidden, catalogue), 0, num_items)
-        return jnp.sum(jnp.where(targets > 0, losses.softmax(scores, targets), 0))
-      return sum_in_chunks(chunk_loss, bound("catalogue"), hidden, targets_BxL), count_real(targets_BxL)
+      return full_softmax(backbone, mesh, bound("catalogue"), hidden, targets_BxL), count_real(targets_BxL)
     case "sampled_softmax":
       negatives_K, log_expected_K = draw_shared(keys["negatives"], loss, num_items, cumulative)
       loss_BxL = losses.sampled_softmax(
@@ -61,44 +60,72 @@ def count_real(targets_BxL: jax.Array) -> jax.Array:
   return jnp.sum(targets_BxL > 0, dtype=jnp.float32)
 
 
-def sum_in_chunks(chunk_loss: Callable[[Any, Any, jax.Array], jax.Array], params: Any, hidden: Any,
-                  targets_BxL: jax.Array) -> jax.Array:
-  """Sums a loss over chunks of columns; values and gradients are made in the same pass over the chunks.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def full_softmax(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Any, targets_BxL: jax.Array) -> jax.Array:
+  """Sums the cross entropy over all items, log sum exp(scores) - scores[target], over real targets.
 
-  So the [positions, items] scores never exist as a whole, neither forward nor backward, and nothing is computed twice.
+  Every device scores its own positions by its own rows of the catalogue, a chunk of positions at a time. What travels:
+  the maximum and the sums of each chunk over "model", and once a step the gradients, of hidden states over "model", of
+  rows over "data". Value and gradients are made in the same pass over the chunks, so that the [positions, items] scores
+  never exist as a whole, neither forward nor backward, and nothing is computed twice.
 
   Args:
-    chunk_loss: (params, hidden of a chunk, targets_Bxc) -> summed loss; a pure function.
-    hidden: tree of (B, L, ...).
+    backbone: for `score_rows` and `num_items`.
+    mesh: rows of the catalogue are split over "model", sequences over "data".
+    catalogue: tables (V, D).
+    hidden: tree of (B, L, D).
     targets_BxL: int32, 0 where there is none.
+
+  Returns:
+    float32 scalar.
   """
-  rows, length = targets_BxL.shape
-  columns = min(max(CHUNK_POSITIONS // rows, 1), length)
-  def cut(x: jax.Array) -> jax.Array:  # (B, L, ...) -> (chunks, B, columns, ...), filled up with padding
-    x = jnp.pad(x, [(0, 0), (0, -length % columns)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(rows, -1, columns, *x.shape[2:]), 1, 0)
-  return _sum_chunks(chunk_loss, params, jax.tree.map(cut, hidden), cut(targets_BxL))
+  return _full_softmax_forward(backbone, mesh, catalogue, hidden, targets_BxL)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_chunks(chunk_loss: Callable, params: Any, hidden: Any, targets: jax.Array) -> jax.Array:
-  return _sum_chunks_forward(chunk_loss, params, hidden, targets)[0]
+def _full_softmax_forward(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Any,
+                          targets_BxL: jax.Array) -> tuple[jax.Array, Any]:
+  def on_a_device(catalogue: Any, hidden: Any, targets_BxL: jax.Array) -> tuple[jax.Array, Any, Any]:
+    rows = len(jax.tree.leaves(catalogue)[0])
+    first = jax.lax.axis_index("model") * rows
+    positions = targets_BxL.size
+    size = min(positions, CHUNK_POSITIONS, max(CHUNK_SCORES // rows, 1))
+    cut = lambda x: jnp.pad(x, [(0, -positions % size)] + [(0, 0)] * (x.ndim - 1)).reshape(  # noqa: E731
+        -1, size, *x.shape[1:])
+    chunks = jax.tree.map(lambda x: cut(x.reshape(positions, *x.shape[2:])), (hidden, targets_BxL))
+
+    def add_chunk(carry: Any, chunk: Any) -> tuple[Any, Any]:
+      loss, grad_catalogue = carry
+      hidden, targets = chunk
+      scores, pull = jax.vjp(lambda hidden, rows: hide_other_rows(backbone.score_rows(hidden, rows), first,
+                                                                  backbone.num_items), hidden, catalogue)
+      top = jax.lax.pmax(jnp.max(scores, axis=1), "model")
+      exps = jnp.exp(scores - top[:, None])
+      is_target = first + jnp.arange(rows)[None] == targets[:, None]
+      total, positive = jax.lax.psum((jnp.sum(exps, axis=1), jnp.sum(jnp.where(is_target, scores, 0), axis=1)), "model")
+      real = targets > 0
+      loss += jnp.sum(jnp.where(real, jnp.log(total) + top - positive, 0))
+      slope = jnp.where(real[:, None], exps / total[:, None] - is_target, 0)  # d loss / d scores
+      grad_hidden, grad_rows = pull(slope)
+      return (loss, jax.tree.map(jnp.add, grad_catalogue, grad_rows)), grad_hidden
+
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, catalogue)
+    (loss, grad_catalogue), grad_hidden = jax.lax.scan(add_chunk, zero, chunks)
+    grad_hidden = jax.tree.map(lambda grad, x: grad.reshape(-1, x.shape[-1])[:positions].reshape(x.shape),
+                               grad_hidden, hidden)
+    return (*jax.lax.psum((loss, grad_catalogue), "data"), jax.lax.psum(grad_hidden, "model"))
+
+  model, data = PartitionSpec("model"), PartitionSpec("data")
+  on_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=(model, data, data), out_specs=(PartitionSpec(), model, data),
+                         check_vma=False)
+  loss, *grads = on_all(catalogue, hidden, targets_BxL)
+  return loss, grads
 
 
-def _sum_chunks_forward(chunk_loss: Callable, params: Any, hidden: Any, targets: jax.Array) -> tuple[jax.Array, Any]:
-  def add(carry: Any, chunk: Any) -> tuple[Any, Any]:
-    loss, (grad_params, grad_hidden) = jax.value_and_grad(chunk_loss, argnums=(0, 1))(params, *chunk)
-    return jax.tree.map(jnp.add, carry, (loss, grad_params)), grad_hidden
-  zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-  (loss, grad_params), grad_hidden = jax.lax.scan(add, zero, (hidden, targets))
-  return loss, (grad_params, grad_hidden)
-
-
-def _sum_chunks_backward(chunk_loss: Callable, grads: Any, cotangent: jax.Array) -> Any:
+def _full_softmax_backward(backbone: nn.Module, mesh: Mesh, grads: Any, cotangent: jax.Array) -> Any:
   return *jax.tree.map(lambda grad: grad * cotangent, grads), None
 
 
-_sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward)
+full_softmax.defvjp(_full_softmax_forward, _full_softmax_backward)
 
 
 def draw_shared(key: jax.Array, loss: Any, num_items: int, cumulative: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ user's own history score -inf, the target never, padding never ranks. Memory doe
 Shapes: B users, S padded history, C candidates, K block of items.
 """
 
-import functools
+import collections
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awrsr_jax.data.batches import RankingBatches
-from awrsr_jax.engine.mesh import replicate, to_global
+from awrsr_jax.engine import processes
+from awrsr_jax.engine.mesh import to_global
 from awrsr_jax.model.hidden import Hidden, hide_other_rows
 
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
@@ -27,6 +28,7 @@ PROTOCOLS = {
     "popular100": "leave-one-out, SAMPLED: the target among 100 items drawn by popularity outside the user's history "
                   "(not comparable with full ranking)",
 }
+BATCHES_AHEAD = 4  # that devices may have waiting, so that they never do and a notice to stop is heard soon
 TIE_RULE = "rank = 1 + items scored higher + half of the other items tied with the target"
 
 
@@ -103,27 +105,49 @@ def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, targ
   return jnp.where(jnp.any(jnp.isnan(scores), axis=1), jnp.nan, rank)
 
 
-def make_rank_step(backbone: nn.Module, mesh: Mesh,
-                   block_items: int) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
-  """Returns the jitted (params, ranking batch) -> (B,) ranks."""
-  def rank_step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> Callable:
+  """Returns the jitted (params, ranking batch) -> ((B,) ranks, whether a process was told to stop), on all devices."""
+  def rank_step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     hidden = backbone.apply({"params": params}, batch["inputs"], method="encode").newest()
     if "candidates" in batch:
-      return rank_among_candidates(backbone, params, hidden, batch["target"], batch["candidates"])
-    catalogue = backbone.apply({"params": params}, method="catalogue")
-    return rank_among_all(backbone, mesh, catalogue, hidden, batch["target"], batch["seen"], block_items)
-  return jax.jit(rank_step)
+      ranks = rank_among_candidates(backbone, params, hidden, batch["target"], batch["candidates"])
+    else:
+      catalogue = backbone.apply({"params": params}, method="catalogue")
+      ranks = rank_among_all(backbone, mesh, catalogue, hidden, batch["target"], batch["seen"], block_items)
+    return ranks, jnp.max(batch["stop"])
+  return jax.jit(rank_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: Mesh) -> np.ndarray:
+def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: Mesh,
+               told_to_stop: Callable[[], bool] = lambda: False) -> np.ndarray:
   """Returns (U,) the rank of every user's target, in the order of `batches.users`: every user once.
 
+  Args:
+    rank_step: from make_rank_step.
+    params: of the backbone.
+    batches: of one split.
+    mesh: where params live.
+    told_to_stop: whether this process was.
+
   Raises:
+    Preempted: a process was told to stop.
     FloatingPointError: a score was NaN.
   """
-  gather = functools.partial(replicate, mesh)
-  pending = [gather(rank_step(params, to_global(mesh, batch))) for batch in batches]
-  ranks = np.concatenate([np.asarray(rank) for rank in pending])[:len(batches.users)]
+  ranks, pending = [], collections.deque()
+
+  def read_oldest() -> None:
+    rank_B, stop = pending.popleft()
+    if int(stop):
+      raise processes.Preempted(f"while ranking the {batches.split} split")
+    ranks.append(np.asarray(rank_B))
+
+  for batch in batches:
+    pending.append(rank_step(params, to_global(mesh, batch, told_to_stop())))
+    if len(pending) > BATCHES_AHEAD:
+      read_oldest()
+  while pending:
+    read_oldest()
+  ranks = np.concatenate(ranks)[:len(batches.users)]
   if np.isnan(ranks).any():
     raise FloatingPointError(f"{np.isnan(ranks).sum()} of {len(ranks)} users of the {batches.split} split have a NaN "
                              "among their scores; the parameters are damaged")

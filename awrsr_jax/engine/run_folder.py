@@ -3,19 +3,23 @@
   config.json    the resolved config            metrics.jsonl  one JSON object a line
   corpus.json    counts and fingerprint         tensorboard/   the same numbers ("@" is "_" there)
   checkpoints/   see engine/checkpoint.py       result.json    written last, whole or not at all
+
+Process 0 of a run writes them. A folder may be gs://bucket/...: there a file is one object, always replaced whole, so
+metrics.jsonl is as new as the newest checkpoint; there are no locks and no TensorBoard files.
 """
 
 import fcntl
+import io
 import json
 import logging
 import os
-import pathlib
 import sys
 import time
 from typing import Any, TextIO
 
 import tensorboardX
 import tqdm
+from etils import epath
 
 from awrsr_jax.config import walk
 
@@ -25,11 +29,20 @@ FREE_KEYS = {
     "train.epochs",  # may grow: the run goes on
     "data.path",  # the corpus fingerprint is compared instead, so data may have moved
     "mesh.data", "mesh.model",  # the global batch does not depend on the devices
+    "model.remat",  # the same values, made twice
 }
 
 
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+def is_remote(path: str | os.PathLike[str]) -> bool:
+  """Whether a path is a URL of a bucket."""
+  return "://" in str(path)
+
+
+def write_json(path: epath.Path, content: dict[str, Any]) -> None:
   """Writes a JSON file whole or not at all."""
+  if is_remote(path):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return
   temporary = path.with_name(path.name + ".tmp")
   with temporary.open("w") as file:
     json.dump(content, file, indent=2)
@@ -37,6 +50,30 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def lock_folder(folder: epath.Path) -> TextIO:
+  """Makes a folder and takes it for this run, until the file returned is closed or the process ends however it ends.
+
+  A bucket has no locks: there nothing is taken.
+
+  Raises:
+    ValueError: the folder cannot be written, or is in use.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = io.StringIO() if is_remote(folder) else (folder / ".lock").open("w")
+  except OSError as error:
+    raise ValueError(f"--workdir={folder} cannot be written: {error.strerror}; choose another folder") from error
+  except ImportError as error:
+    raise ValueError(f"--workdir={folder}: {error}; install what opens such a path (gs://: gcsfs)") from error
+  if not is_remote(folder):
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f"--workdir={folder} is in use by another process; wait for it or choose another "
+                       "folder") from error
+  return lock
 
 
 def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any]) -> TextIO:
@@ -48,22 +85,13 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
     corpus: what `corpus.describe` says.
 
   Returns:
-    The locked lock file: the run owns the folder until it is closed, or its process ends however it ends.
+    See lock_folder.
 
   Raises:
     ValueError: the folder cannot be written, is in use, or belongs to another config or corpus.
   """
-  folder = pathlib.Path(workdir)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-  except OSError as error:
-    raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another folder") from error
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise ValueError(f"--workdir={workdir} is in use by another process; wait for it or choose another "
-                     "folder") from error
+  folder = epath.Path(workdir)
+  lock = lock_folder(folder)
   try:
     values = json.loads(json.dumps(dict(walk(config))))
     if (folder / "config.json").exists():
@@ -78,7 +106,7 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
   return lock
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads a JSON file of a run folder.
 
   Raises:
@@ -131,13 +159,13 @@ class MetricsWriter:
   """Writes each metric line to metrics.jsonl, to TensorBoard, and to the terminal (a bar on a TTY, else log lines)."""
 
   def __init__(self, workdir: str | os.PathLike[str], start: int, total: int):
-    """Opens the files at step `start` of `total`; lines of later steps, which a lost part of the run wrote, go."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    keep_lines(path, start)
-    self._file = path.open("a")
+    """Opens the files at step `start` of `total`; lines that a lost part of the run wrote go."""
+    self._path = epath.Path(workdir) / "metrics.jsonl"
+    self._kept = keep_lines(self._path, start)
+    self._file = io.StringIO() if is_remote(workdir) else self._path.open("a")
     # the name has whole seconds only: without the suffix a quick resumption would overwrite the events before it
-    self._events = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=start + 1,
-                                              filename_suffix=f".{start}")
+    self._events = None if is_remote(workdir) else tensorboardX.SummaryWriter(
+        str(self._path.with_name("tensorboard")), purge_step=start + 1, filename_suffix=f".{start}")
     self._bar = tqdm.tqdm(initial=start, total=total, unit="step") if sys.stderr.isatty() else None
     self._shown: dict[str, str] = {}
     self._start, self._total, self._begin = start, total, time.monotonic()
@@ -151,8 +179,9 @@ class MetricsWriter:
     """Writes one line: what was measured on a split after a step."""
     self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **values}) + "\n")
     self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(f"{split}/{name}", value, step)
+    if self._events is not None:
+      for name, value in values.items():
+        self._events.add_scalar(f"{split}/{name}", value, step)
     shown = {name: f"{values[name]:.4g}" for name in ("loss", "ndcg@10", "interactions_per_sec") if name in values}
     if self._bar is not None:
       self._shown |= shown
@@ -163,30 +192,56 @@ class MetricsWriter:
                    " ".join(f"{name}={value}" for name, value in shown.items()), left)
 
   def sync(self) -> None:
-    """Makes sure that all lines are on disk, before a checkpoint makes them final."""
+    """Makes sure that all lines are stored, before a checkpoint makes them final."""
+    if isinstance(self._file, io.StringIO):
+      self._path.write_text(self._kept + self._file.getvalue())
+      return
     self._file.flush()
     os.fsync(self._file.fileno())
     self._events.flush()
 
   def close(self) -> None:
     """Closes files and bar."""
+    self.sync()
     self._file.close()
-    self._events.close()
+    if self._events is not None:
+      self._events.close()
     if self._bar is not None:
       self._bar.close()
 
 
-def keep_lines(path: pathlib.Path, last_step: int) -> None:
-  """Drops the lines of metrics.jsonl after a step, and a half-written one; in one atomic replacement."""
+class NoWriter:
+  """The MetricsWriter of the other processes of a run: they write nothing."""
+
+  def advance(self) -> None: ...
+  def write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None: ...
+  def sync(self) -> None: ...
+  def close(self) -> None: ...
+
+
+def keep_lines(path: epath.Path, last_step: int) -> str:
+  """Drops the lines of metrics.jsonl that a run which goes on after a step writes again, and a half-written one.
+
+  Those are the lines of later steps, and the evaluation of that step. In one atomic replacement.
+
+  Returns:
+    The lines kept.
+  """
   if not path.exists():
-    return
+    return ""
   kept = []
   for line in path.read_text().splitlines(keepends=True):
     try:
-      if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+      content = json.loads(line)
+      if line.endswith("\n") and (content["step"], content["split"] != "train") <= (last_step, False):
         kept.append(line)
     except (ValueError, KeyError, TypeError):
       LOG.warning("%s: dropped a damaged line: %r", path, line[:80])
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text("".join(kept))
-  os.replace(temporary, path)
+  content = "".join(kept)
+  if is_remote(path):
+    path.write_text(content)
+  else:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content)
+    os.replace(temporary, path)
+  return content

@@ -1,14 +1,14 @@
 """Training: one pure step, and one loop that reads top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import logging
 import math
 import os
-import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import linen as nn
-from jax.sharding import Mesh
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from awrsr_jax.config import finalize
+from awrsr_jax.config import finalize, walk
 from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as data_corpus
-from awrsr_jax.engine import checkpoint, ranking, run_folder
+from awrsr_jax.engine import checkpoint, processes, ranking, run_folder
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.objective import objective
 from awrsr_jax.engine.state import NO_STEP, TrainState, Window, init_state, make_key, make_optimizer, make_schedule
@@ -30,11 +32,21 @@ from awrsr_jax.model.backbones import build_backbone
 
 LOG = logging.getLogger(__name__)
 CHOSEN_BY = "ndcg@10"  # on validation: early stopping and the best checkpoint
+NOT_EVALUATED = -1.0  # below any metric
+
+
+@struct.dataclass
+class Report:
+  """What the host reads of a step, while the next one runs: copies of window and bad_step, and whether to stop."""
+
+  window: Window
+  bad_step: jax.Array
+  stop: jax.Array  # > 0: one of the processes was told to
 
 
 def train_step(state: TrainState, batch: dict[str, jax.Array], cumulative: jax.Array, *, backbone: nn.Module,
-               optimizer: optax.GradientTransformation, config: Any,
-               targets_per_step: float) -> tuple[TrainState, Window, jax.Array]:
+               mesh: Mesh, optimizer: optax.GradientTransformation, config: Any,
+               targets_per_step: float) -> tuple[TrainState, Report]:
   """One update; pure.
 
   The loss of a batch is its sum over real targets, divided by what batches have on average: so every target weighs the
@@ -42,21 +54,20 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], cumulative: jax.A
 
   Args:
     state: before the step.
-    batch: inputs_BxL, targets_BxL.
+    batch: inputs_BxL, targets_BxL, stop; see mesh.to_global.
     cumulative: (I,) int32 popularity, see objective.
-    backbone, optimizer, config: static.
+    backbone, mesh, optimizer, config: static.
     targets_per_step: see TrainBatches.
-
-  Returns:
-    The new state, and copies of its window and bad_step for the host to read while the next step runs.
   """
   keys = {purpose: make_key(config.seed, purpose, state.step) for purpose in ("dropout", "negatives")}
 
-  def scaled_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    total, positions = objective(backbone, params, batch, cumulative, config.loss, keys)
+  def scaled_loss(params: Any, batch: Any, keys: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    total, positions = objective(backbone, mesh, params, batch, cumulative, config.loss, keys)
     return total / targets_per_step, (total, positions)
 
-  grads, (total, positions) = jax.grad(scaled_loss, has_aux=True)(state.params)
+  rows = {name: batch[name] for name in ("inputs", "targets")}
+  grads, (total, positions) = accumulate(jax.grad(scaled_loss, has_aux=True), state.params, rows, keys,
+                                         config.train.accumulate, mesh)
   grad_norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   fresh = state.step % config.train.log_every == 0  # the last step wrote a line
@@ -65,7 +76,29 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], cumulative: jax.A
   good = jnp.isfinite(total) & jnp.isfinite(grad_norm)
   bad_step = jnp.where(good, state.bad_step, jnp.minimum(state.bad_step, state.step + 1))
   new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, window, bad_step)
-  return new_state, window, bad_step
+  return new_state, Report(window, bad_step, jnp.max(batch["stop"]))
+
+
+def accumulate(grad: Callable, params: Any, batch: dict[str, jax.Array], keys: dict[str, jax.Array], pieces: int,
+               mesh: Mesh) -> tuple[Any, Any]:
+  """Returns the sum of grad(params, piece, keys) over equal pieces of a batch, of which one is in memory at a time.
+
+  Piece k holds the rows k, k + pieces, ...: so every device has an equal share of every piece, where it already lies.
+  Every piece draws with keys of its own.
+  """
+  if pieces == 1:
+    return grad(params, batch, keys)
+  split = NamedSharding(mesh, PartitionSpec(None, "data"))
+  cut = lambda x: jax.lax.with_sharding_constraint(  # noqa: E731
+      jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), split)
+
+  def add(total: Any, piece: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Any, None]:
+    rows, index = piece
+    return jax.tree.map(jnp.add, total, grad(params, rows, {
+        purpose: jax.random.fold_in(key, index) for purpose, key in keys.items()})), None
+
+  zeros = jax.tree.map(jnp.zeros_like, params), (jnp.float32(0), jnp.float32(0))
+  return jax.lax.scan(add, zeros, (jax.tree.map(cut, batch), jnp.arange(pieces)))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,37 +126,43 @@ class Job:
   def evaluates(self, step: int) -> bool:
     """Whether validation is due after a step: every so many epochs, and at the end."""
     epoch, rest = divmod(step, self.batches.steps_per_epoch)
-    return rest == 0 and (epoch % self.config.eval.every_epochs == 0 or step == self.total_steps)
+    return rest == 0 < step and (epoch % self.config.eval.every_epochs == 0 or step == self.total_steps)
 
 
 def make_job(config: Any) -> Job:
   """Reads the data and builds everything; no compilation yet.
 
   Raises:
-    ValueError: config, data or devices do not fit together.
+    ValueError: config, data or devices do not fit together, on this process or another.
   """
-  config = finalize(config)
-  mesh = meshes.make_mesh(config.mesh)
-  meshes.check_config(mesh, config)
-  corpus = data_corpus.load(config.data)
-  process, processes = jax.process_index(), jax.process_count()
-  batches = data_batches.training_batches(corpus, config, process, processes)
+  with processes.together():
+    config = finalize(config)
+    mesh = meshes.make_mesh(config.mesh)
+    meshes.check_config(*mesh.devices.shape, config)
+    corpus = data_corpus.load(config.data)
+    parts = meshes.local_parts(mesh)
+    batches = data_batches.training_batches(corpus, config, parts)
+    ranked = {split: data_batches.ranking_batches(corpus, config, split, parts) for split in ("valid", "test")}
+  processes.check_equal("config", dict(walk(config)))
+  processes.check_equal("corpus", data_corpus.describe(corpus))
   backbone = build_backbone(config, corpus.num_items)
   optimizer = make_optimizer(config.train, len(batches))
-  step = functools.partial(train_step, backbone=backbone, optimizer=optimizer, config=config,
+  step = functools.partial(train_step, backbone=backbone, mesh=mesh, optimizer=optimizer, config=config,
                            targets_per_step=batches.targets_per_step)
-  return Job(
-      config, corpus, mesh, backbone, optimizer, batches,
-      {split: data_batches.ranking_batches(corpus, config, split, process, processes) for split in ("valid", "test")},
-      jax.jit(step, donate_argnums=0), ranking.make_rank_step(backbone, mesh, config.eval.block_items))
+  return Job(config, corpus, mesh, backbone, optimizer, batches, ranked, jax.jit(step, donate_argnums=0),
+             ranking.make_rank_step(backbone, mesh, config.eval.block_items))
 
 
-def train(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def train(config: Any, workdir: str | os.PathLike[str],
+          told_to_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
   """Trains, evaluates and leaves a run folder; the same call goes on where an earlier one was cut off.
+
+  All processes of a run call it, with the same arguments.
 
   Args:
     config: from a config file.
-    workdir: the run folder, see engine/run_folder.py.
+    workdir: the run folder, see engine/run_folder.py; the same one for all processes.
+    told_to_stop: asked at every step and batch; True on one process ends the run on all, with a checkpoint.
 
   Returns:
     The content of result.json.
@@ -131,25 +170,52 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   Raises:
     ValueError: anything wrong with config, data, devices or workdir; before the first compilation.
     FloatingPointError: the loss or the gradient stopped being finite; the last good checkpoint stays.
+    processes.Preempted: told_to_stop; the same call goes on from the step that it was at.
+    processes.ProcessLost: another process is gone; the same call goes on from the newest checkpoint.
   """
   began = time.monotonic()
   job = make_job(config)
-  with run_folder.open_run(workdir, job.config, data_corpus.describe(job.corpus)):
-    result_path = pathlib.Path(workdir) / "result.json"
-    if result_path.exists():
-      result = run_folder.read_json(result_path)
-      if result["epochs"] == job.config.train.epochs:
-        LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
-        return result
+  with open_run(workdir, job):
+    result_path = epath.Path(workdir) / "result.json"
+    result = processes.from_first(run_folder.read_json(result_path) if result_path.exists() else None)
+    if result and result["epochs"] == job.config.train.epochs:
+      LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
+      return result
     manager = checkpoint.open_checkpoints(workdir)
     try:
-      state, record = start_or_resume(job, manager)
-      state, record = run_steps(job, workdir, manager, state, record, began)
-      result = conclude(job, manager, state, record | {"seconds": record["seconds"] + time.monotonic() - began})
-    finally:
+      with processes.noticing_losses():
+        state, record = start_or_resume(job, manager)
+        state, record = run_steps(job, workdir, manager, state, record, began, told_to_stop)
+        record |= {"seconds": record["seconds"] + time.monotonic() - began}
+        result = conclude(job, manager, state, record, told_to_stop)
+        manager.wait_until_finished()
+    except processes.ProcessLost:
+      raise  # closing would wait for the one that is gone
+    except BaseException:
       manager.close()
-    run_folder.write_json(result_path, result)
+      raise
+    manager.close()
+    if processes.is_first():
+      run_folder.write_json(result_path, result)
   return result
+
+
+@contextlib.contextmanager
+def open_run(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
+  """Opens the run folder: process 0 takes it, the others only see that it is the same one.
+
+  Raises:
+    ValueError: see run_folder.open_run; or another process does not see the folder.
+  """
+  with contextlib.ExitStack() as held:
+    with processes.together():
+      if processes.is_first():
+        held.enter_context(run_folder.open_run(workdir, job.config, data_corpus.describe(job.corpus)))
+    with processes.together():
+      if not (epath.Path(workdir) / "corpus.json").exists():
+        raise ValueError(f"--workdir={workdir} of process 0 is not seen here; all processes need the same folder, on a "
+                         "shared file system or gs://")
+    yield
 
 
 def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainState, dict[str, Any]]:
@@ -164,41 +230,48 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
     LOG.info("%d users, %d items, %d interactions; %d parameters; %d steps of %d epochs, lengths %s",
              job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
              job.config.train.epochs, job.batches.buckets)
-    return init(), {"step": 0, "best": checkpoint.NOT_EVALUATED, "best_step": 0, "worse": 0, "seconds": 0.0}
+    return init(), {"step": 0, "best": NOT_EVALUATED, "best_step": 0, "worse": 0, "seconds": 0.0}
   LOG.info("resumed at step %d of %d", found[1]["step"], job.total_steps)
   return found
 
 
 def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointManager, state: TrainState,
-              record: dict[str, Any], began: float) -> tuple[TrainState, dict[str, Any]]:
-  """The loop: batch, step, then what is due: a line, validation, a checkpoint. Returns the last state and record."""
+              record: dict[str, Any], began: float,
+              told_to_stop: Callable[[], bool]) -> tuple[TrainState, dict[str, Any]]:
+  """The loop: what is due of an evaluation, batch, step, then what is due of a line and a checkpoint.
+
+  Returns:
+    The last state and record.
+  """
   config, step, seconds = job.config, record["step"], record["seconds"]
   constants = {"config": config.to_dict(), "corpus": data_corpus.describe(job.corpus)}
   ids = encode_items(job.corpus)
   cumulative = meshes.replicate(job.mesh, np.cumsum(data_batches.training_counts(job.corpus)[1:], dtype=np.int32))
-  writer = run_folder.MetricsWriter(workdir, step, job.total_steps)
+  writer = run_folder.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else run_folder.NoWriter()
   line = Line(job, writer)
-  for batch in data_batches.stream(job.batches, step):
+  batches = data_batches.stream(job.batches, step)
+  while True:
+    if job.evaluates(step):
+      ranks = ranking.rank_users(job.rank_step, state.params, job.ranking["valid"], job.mesh, told_to_stop)
+      metrics = processes.from_first(ranking.summarize(ranks))
+      writer.write(step, job.epoch(step), "valid", metrics)
+      record = note_evaluation(record, step, metrics[CHOSEN_BY])
+      line.restart_clock()
     if step == job.total_steps or is_over(config, record):
       break
-    state, window, bad_step = job.train_step(state, meshes.to_global(job.mesh, batch), cumulative)
+    state, report = job.train_step(state, meshes.to_global(job.mesh, next(batches), told_to_stop()), cumulative)
     step += 1
-    line.flush()  # of the step before, while this one runs
-    line.put(step, window, bad_step)
-    evaluated = job.evaluates(step)
-    if not (evaluated or step % config.checkpoint.every_steps == 0):
+    stop = line.flush()  # of the step before, while this one runs
+    line.put(step, report)
+    if not (stop or job.evaluates(step) or step % config.checkpoint.every_steps == 0):
       continue
-    line.flush()
-    metric = checkpoint.NOT_EVALUATED
-    if evaluated:
-      metrics = ranking.summarize(ranking.rank_users(job.rank_step, state.params, job.ranking["valid"], job.mesh))
-      metric = metrics[CHOSEN_BY]
-      writer.write(step, job.epoch(step), "valid", metrics)
-      record = note_evaluation(record, step, metric)
-      line.restart_clock()
+    stop = line.flush() or stop
     writer.sync()
     record = record | constants | {"step": step, "seconds": seconds + time.monotonic() - began}
-    checkpoint.save(manager, state, record, ids, metric)
+    checkpoint.save(manager, state, record, ids)
+    if stop:
+      manager.wait_until_finished()
+      raise processes.Preempted(f"at step {step} of {job.total_steps}")
   manager.wait_until_finished()
   writer.close()
   return state, record | {"seconds": seconds}
@@ -210,40 +283,45 @@ class Line:
   def __init__(self, job: Job, writer: run_folder.MetricsWriter):
     self._job, self._writer = job, writer
     self._schedule = make_schedule(job.config.train, job.total_steps)
-    self._waiting: tuple[int, Window, jax.Array] | None = None
+    self._waiting: tuple[int, Report] | None = None
     self.restart_clock()
 
   def restart_clock(self) -> None:
     """Leaves the time up to now out of interactions_per_sec."""
     self._clock = time.monotonic()
 
-  def put(self, step: int, window: Window, bad_step: jax.Array) -> None:
-    """Takes the values of a step; nothing is read."""
-    self._waiting = step, window, bad_step
+  def put(self, step: int, report: Report) -> None:
+    """Takes the report of a step; nothing is read."""
+    self._waiting = step, report
 
-  def flush(self) -> None:
-    """Reads the values that wait; writes a line when one is due.
+  def flush(self) -> bool:
+    """Reads the report that waits, if one does; writes a line when one is due.
+
+    Returns:
+      Whether to stop.
 
     Raises:
       FloatingPointError: a loss or gradient was not finite.
     """
     if self._waiting is None:
-      return
-    (step, window, bad_step), self._waiting = self._waiting, None
+      return False
+    (step, report), self._waiting = self._waiting, None
     self._writer.advance()
-    if int(bad_step) != NO_STEP:
+    bad_step, stop = int(report.bad_step), int(report.stop) > 0
+    if bad_step != NO_STEP:
       raise FloatingPointError(
-          f"the loss or its gradient is not finite at step {int(bad_step)} (epoch {self._job.epoch(int(bad_step))}); "
+          f"the loss or its gradient is not finite at step {bad_step} (epoch {self._job.epoch(bad_step)}); "
           "the last checkpoint before it is kept. Lower config.train.learning_rate, or set config.train.clip_norm")
     if step % self._job.config.train.log_every:
-      return
-    window = jax.device_get(window)
+      return stop
+    window = jax.device_get(report.window)
     now = time.monotonic()
     self._writer.write(step, self._job.epoch(step), "train", {
         "loss": float(window.loss / max(window.positions, 1)), "grad_norm": float(window.grad_norm / window.steps),
         "learning_rate": float(self._schedule(step - 1)),
         "interactions_per_sec": round(float(window.positions) / (now - self._clock), 1)})
     self._clock = now
+    return stop
 
 
 def note_evaluation(record: dict[str, Any], step: int, value: float) -> dict[str, Any]:
@@ -265,17 +343,18 @@ def encode_items(corpus: data_corpus.Corpus) -> dict[str, Any]:
           "titles": checkpoint.encode_texts([corpus.titles.get(number, "") for number in numbers])}
 
 
-def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any]) -> dict[str, Any]:
+def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any],
+             told_to_stop: Callable[[], bool]) -> dict[str, Any]:
   """Evaluates the best checkpoint on validation and, this once, on test. Returns the content of result.json."""
   params_sha256 = checkpoint.hash_arrays(state.params)
   template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   try:
     best, _ = checkpoint.restore_step(manager, record["best_step"], template)
-  except Exception as error:  # Orbax raises bare Exception for damaged files
+  except ValueError as error:
     raise ValueError(
         f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be "
-        f"read: {checkpoint.first_line(error)}. Bring that folder back, or train again in another --workdir") from error
-  splits = {split: ranking.summarize(ranking.rank_users(job.rank_step, best.params, batches, job.mesh))
+        f"read: {error}. Bring that folder back, or train again in another --workdir") from error
+  splits = {split: ranking.summarize(ranking.rank_users(job.rank_step, best.params, batches, job.mesh, told_to_stop))
             for split, batches in job.ranking.items()}
   result = {
       **{split: splits[split] for split in ("test", "valid")},
@@ -291,5 +370,6 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
       "wall_time_s": round(record["seconds"], 1),
   }
   if job.corpus.oracle is not None:
-    result["oracle"] = ranking.summarize(ranking.rank_oracle(job.ranking["test"]))
+    everyone = dataclasses.replace(job.ranking["test"], parts=data_batches.WHOLE)
+    result["oracle"] = ranking.summarize(ranking.rank_oracle(everyone))
   return result

@@ -57,18 +57,6 @@ def gbce(positive: jax.Array, negatives: jax.Array, num_items: int, t: float) ->
   return beta * jax.nn.softplus(-positive) + jnp.sum(jax.nn.softplus(negatives), axis=-1)
 
 
-def softmax(scores: jax.Array, targets: jax.Array) -> jax.Array:
-  """Full cross entropy over all items: log sum exp(scores) - scores[target].
-
-  Args:
-    scores: (..., V); -inf rows take no part.
-    targets: (...) int32.
-  """
-  is_target = jax.nn.one_hot(targets, scores.shape[-1], dtype=bool)  # a gather's gradient would be one more pass
-  positive = jnp.sum(jnp.where(is_target, scores, 0), axis=-1)
-  return jax.nn.logsumexp(scores, axis=-1) - positive
-
-
 def sampled_softmax(positive: jax.Array, negatives: jax.Array, log_expected: jax.Array,
                     collides: jax.Array) -> jax.Array:
   """Cross entropy with the sum over other items estimated from K draws, the log-Q correction.

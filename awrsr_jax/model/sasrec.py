@@ -19,8 +19,9 @@ class SASRec(Backbone):
     model, dtype = self.model, jnp.dtype(self.model.dtype)
     rows = table_rows(self.num_items, model.table_multiple)
     self.embedding = Embedding(rows, self.max_length, model.width, model.dropout, dtype, scale=model.width ** 0.5)
+    block = nn.remat(Block, static_argnums=(3,)) if model.remat else Block  # 3 is `train`
     self.blocks = [
-        Block(attention=SelfAttention(model.heads, attention_dropout(model), dtype,
+        block(attention=SelfAttention(model.heads, attention_dropout(model), dtype,
                                       build_refinement(model, self.max_length)),
               feed_forward=FeedForward(model.ffn_width, model.activation, model.dropout, dtype), norm=model.norm)
         for _ in range(model.layers)]

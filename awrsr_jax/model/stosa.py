@@ -128,8 +128,9 @@ class STOSA(Backbone):
       self.norm_in = norm()
     norms_in = (self.norm_in,) * 2 if model.faithful else (norm(), norm())
     self.embedding_mean, self.embedding_cov = (embedding(norm_in) for norm_in in norms_in)
+    block = nn.remat(GaussianBlock, static_argnums=(3,)) if model.remat else GaussianBlock  # 3 is `train`
     self.blocks = [
-        GaussianBlock(
+        block(
             attention=GaussianSelfAttention(model.heads, attention_dropout(model), model.dropout, dtype,
                                             build_refinement(model, self.max_length), model.faithful),
             feed_forward_mean=feed_forward(), feed_forward_cov=feed_forward(), norm=model.norm,

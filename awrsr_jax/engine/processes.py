@@ -1,0 +1,140 @@
+"""The processes of a run: how they start, agree, are told to stop, and notice that one of them is gone.
+
+A run has one process a host (or a GPU), all in the same program; process 0 alone writes files. What one of them finds
+wrong stops all of them; what they decide from their own clock or signals they decide together.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+LOG = logging.getLogger(__name__)
+HEARTBEAT_TIMEOUT = 40  # seconds until a process that says nothing counts as lost
+TRY_AGAIN = 75  # exit code of a run that the same command continues (EX_TEMPFAIL of sysexits.h)
+
+
+class Preempted(Exception):
+  """The run was told to stop, and everything up to its newest step is saved."""
+
+
+class ProcessLost(Exception):
+  """Another process of the run is gone."""
+
+
+def start(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+  """Joins the other processes of the run, if flags or the environment say that there are any.
+
+  SLURM (srun) and Cloud TPU VMs say who is who; elsewhere the three flags do. Call it before JAX is used.
+
+  Raises:
+    ValueError: some but not all flags are given, or they do not fit together.
+  """
+  given = {"--coordinator_address": coordinator_address, "--num_processes": num_processes, "--process_id": process_id}
+  missing = [name for name, value in given.items() if value is None]
+  if missing and len(missing) < len(given):
+    raise ValueError(f"{', '.join(missing)} missing: a process of a run needs all of {', '.join(given)}, "
+                     "or none where SLURM or a Cloud TPU VM says them")
+  if not missing:
+    if not 0 <= process_id < num_processes:
+      raise ValueError(f"--process_id={process_id} must be at least 0 and below --num_processes={num_processes}")
+    if not coordinator_address.rpartition(":")[2].isdigit():
+      raise ValueError(f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0")
+  # JAX's own preemption service wants a counter that only grows, and Orbax sets it back from a thread, to older steps:
+  # a notice at that moment would be for a step that never comes. The train step carries the notice instead.
+  jax.config.update("jax_enable_preemption_service", False)
+  join = lambda *who: jax.distributed.initialize(*who, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)  # noqa: E731
+  if not missing:
+    join(coordinator_address, num_processes, process_id)
+  elif "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    join()
+  elif importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
+    try:
+      join()
+    except ValueError as error:  # a TPU with no metadata of a Cloud TPU VM around it
+      LOG.warning("this TPU host starts alone, because the environment does not name other hosts (%s)", error)
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes files and prints."""
+  return jax.process_index() == 0
+
+
+def gather(text: str) -> list[str]:
+  """Returns the texts of all processes, in their order."""
+  if jax.process_count() == 1:
+    return [text]
+  content = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(content.size)).reshape(-1)
+  padded = np.pad(content, (0, max(int(sizes.max()), 1) - content.size))
+  return [row[:size].tobytes().decode() for row, size in zip(
+      multihost_utils.process_allgather(padded).reshape(len(sizes), -1), sizes, strict=True)]
+
+
+def from_first(value: Any) -> Any:
+  """Returns process 0's value, a JSON value, on every process."""
+  return value if jax.process_count() == 1 else json.loads(gather(json.dumps(value))[0])
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """What fails with a ValueError on one process fails on all: none is left waiting for the others."""
+  failure = None
+  try:
+    yield
+  except ValueError as error:
+    failure = error
+  messages = gather("" if failure is None else str(failure))
+  if failure is not None:
+    raise failure
+  for process, message in enumerate(messages):
+    if message:
+      raise ValueError(f"process {process}: {message}")
+
+
+def check_equal(what: str, content: dict[str, Any]) -> None:
+  """Raises ValueError when processes disagree about the content of `what`, with the first difference."""
+  described = [json.loads(text) for text in gather(json.dumps(content, sort_keys=True))]
+  for process, other in enumerate(described):
+    changed = [f"{key}: {described[0].get(key)} on process 0, {other.get(key)} on process {process}"
+               for key in sorted(described[0].keys() | other.keys()) if described[0].get(key) != other.get(key)]
+    if changed:
+      raise ValueError(f"the processes of this run have a different {what}: {'; '.join(changed)}. Start all of them "
+                       "with the same command and the same data")
+
+
+@contextlib.contextmanager
+def noticing_losses() -> Iterator[None]:
+  """Turns what JAX raises when another process is gone into ProcessLost."""
+  try:
+    yield
+  except Exception as error:
+    signs = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "Connection closed by peer")
+    if jax.process_count() > 1 and any(sign in str(error) for sign in signs):
+      raise ProcessLost(str(error).splitlines()[0]) from error
+    raise
+
+
+def listen() -> Callable[[], bool]:
+  """Returns a function: whether SIGTERM or SIGINT (Ctrl-C) has come since.
+
+  A second Ctrl-C ends the process at once. A second SIGTERM does not: a machine that goes down sends several.
+  """
+  came = []
+
+  def note(number: int, _: Any) -> None:
+    came.append(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, note)
+  return lambda: bool(came)

@@ -1,0 +1,238 @@
+"""Several real processes on this machine: they agree with one, stop together, miss each other, and hand a run over."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from awrsr_jax.engine import processes
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLAGS = ("--config.mesh.data=-1", "--config.train.epochs=10", "--config.checkpoint.every_steps=9",
+         "--config.eval.every_epochs=2", "--config.train.learning_rate=0.01")
+# Process 0 alone uses the compilation cache.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+class Run:
+  """The processes of a run, started; their output goes to files in `folder`."""
+
+  def __init__(self, folder: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str, devices: int = 1,
+               other_flags: tuple[str, ...] = ()):
+    """`other_flags` are for the last process only."""
+    with socket.socket() as found:
+      found.bind(("localhost", 0))
+      port = found.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    self.workdir, self.started, self.logs = workdir, [], [folder / f"{process}.log" for process in range(count)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": FAST_COMPILE}
+    for process, log in enumerate(self.logs):
+      who = (f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={process}")
+      extra = other_flags if process == count - 1 else ()
+      command = [sys.executable, "-m", "awrsr_jax.main", "--config=tests/tiny_config.py", f"--workdir={workdir}",
+                 *FLAGS, *flags, *extra, *(who if count > 1 else ())]
+      with log.open("w") as file:
+        self.started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
+
+  def wait(self, timeout: float = 300) -> list[int]:
+    """Returns the exit codes."""
+    deadline = time.monotonic() + timeout
+    return [process.wait(deadline - time.monotonic()) for process in self.started]
+
+  def signal_when(self, lines: int, process: int, number: int) -> "Run":
+    """Sends a signal to one process once metrics.jsonl has so many lines."""
+    path, deadline = self.workdir / "metrics.jsonl", time.monotonic() + 300
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+      assert all(other.poll() is None for other in self.started), self.output()
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+    os.kill(self.started[process].pid, number)
+    return self
+
+  def output(self) -> str:
+    return "\n".join(log.read_text() for log in self.logs)
+
+  def kill(self) -> None:
+    for process in self.started:
+      process.kill()
+      process.wait()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """Returns the function that starts a run; what is still running at the end of the tests is killed."""
+  with contextlib.ExitStack() as started:
+    def start(workdir, count, *flags, **options):
+      run = Run(tmp_path_factory.mktemp("logs"), workdir, count, *flags, **options)
+      started.callback(run.kill)
+      return run
+    yield start
+
+
+@pytest.fixture(scope="module")
+def finish(start, tmp_path_factory):
+  """Returns a function: runs to the end in a new folder. Returns the folder."""
+  def finish(count, *flags, **options):
+    run = start(tmp_path_factory.mktemp("run"), count, *flags, **options)
+    assert run.wait() == [0] * count, run.output()
+    return run.workdir
+  return finish
+
+
+@pytest.fixture(scope="module")
+def by_one(finish):
+  return finish(1)
+
+
+@pytest.fixture(scope="module")
+def by_two(finish):
+  return finish(2)
+
+
+def read_lines(workdir: pathlib.Path) -> list[dict]:
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [{key: value for key, value in line.items() if key != "interactions_per_sec"} for line in lines]
+
+
+def read_result(workdir: pathlib.Path) -> dict:
+  result = json.loads((workdir / "result.json").read_text())
+  return {key: value for key, value in result.items() if key not in ("wall_time_s", "peak_memory")}
+
+
+def assert_agree(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+  """The same lines and result, to float tolerance: rounding differs where sums are split over devices."""
+  def compare(found, wanted, where):
+    if isinstance(wanted, dict):
+      assert found.keys() == wanted.keys(), where
+      for key in wanted.keys() - {"device", "params_sha256"}:
+        compare(found[key], wanted[key], f"{where} {key}")
+    elif isinstance(wanted, float):
+      np.testing.assert_allclose(found, wanted, rtol=2e-4, err_msg=where)
+    else:
+      assert found == wanted, where
+  found, wanted = read_lines(workdir), read_lines(expected)
+  assert len(found) == len(wanted)
+  for one, other in zip(found, wanted, strict=True):
+    compare(one, other, f"line {other['step']} {other['split']}")
+  compare(read_result(workdir), read_result(expected), "result")
+
+
+def assert_equal(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+  """Bit for bit: the same lines, and the same result with its hash of the parameters."""
+  assert read_lines(workdir) == read_lines(expected)
+  assert read_result(workdir) == read_result(expected)
+
+
+def test_two_processes_agree_with_one(by_one, by_two):
+  assert_agree(by_two, by_one)
+  assert json.loads((by_two / "result.json").read_text())["device"].startswith("2 x")
+
+
+def test_four_processes_with_a_split_table_agree_with_one(finish, by_one):
+  assert_agree(finish(4, "--config.mesh.data=2", "--config.mesh.model=2"), by_one)
+
+
+def test_told_to_stop_and_killed_a_run_of_two_ends_bit_equal(start, by_two, tmp_path):
+  workdir = tmp_path / "run"
+  run = start(workdir, 2).signal_when(lines=5, process=1, number=signal.SIGTERM)
+  assert run.wait() == [processes.TRY_AGAIN] * 2, run.output()
+  at = [int(step) for step in re.findall(r"stopped as told, at step (\d+)", run.output())]
+  assert len(at) == 2 and at[0] == at[1] and (workdir / "checkpoints" / str(at[0])).exists()
+
+  run = start(workdir, 2).signal_when(lines=11, process=1, number=signal.SIGKILL)
+  began = time.monotonic()
+  assert f"resumed at step {at[0]} of" in run.output()
+  codes = run.wait()
+  assert codes == [processes.TRY_AGAIN, -signal.SIGKILL] and time.monotonic() - began < 60, run.output()
+  assert "another process of this run is gone" in run.output() and not (workdir / "result.json").exists()
+
+  run = start(workdir, 2)
+  assert run.wait() == [0, 0], run.output()
+  assert_equal(workdir, by_two)
+
+
+def test_when_process_0_is_killed_the_other_ends_too(start, tmp_path):
+  run = start(tmp_path / "run", 2).signal_when(lines=5, process=0, number=signal.SIGKILL)
+  began = time.monotonic()
+  codes = run.wait()
+  assert codes[1] in (processes.TRY_AGAIN, -signal.SIGABRT) and time.monotonic() - began < 60, run.output()
+  assert re.search("another process of this run is gone|another task died", run.output()), run.output()
+
+
+def test_a_run_goes_from_two_processes_to_one_and_back(start, by_one, tmp_path):
+  workdir = tmp_path / "run"
+  for count, devices, lines in ((2, 1, 5), (1, 4, 11)):
+    run = start(workdir, count, devices=devices).signal_when(lines, process=0, number=signal.SIGTERM)
+    assert run.wait() == [processes.TRY_AGAIN] * count, run.output()
+  run = start(workdir, 2, "--config.mesh.data=1", "--config.mesh.model=2")
+  assert run.wait() == [0, 0] and "resumed at step" in run.output(), run.output()
+  assert_agree(workdir, by_one)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--config.train.batch_size=8",), "different config: train.batch_size: 16 on process 0, 8 on process 1"),
+    (("--config.data.synthetic.num_users=61",), "num_users: 60 on process 0, 61 on process 1"),
+    (("--config.model.heads=3",), "process 1: config.model.heads=3 does not divide config.model.width=8"),
+    (("--workdir=elsewhere",), "process 1: --workdir=elsewhere of process 0 is not seen here"),
+])
+def test_what_is_wrong_on_one_process_ends_all_with_its_message(start, tmp_path, flags, message):
+  run = start(tmp_path / "run", 2, other_flags=flags)
+  assert run.wait(60) == [1, 1], run.output()
+  assert message in run.logs[0].read_text() and "Traceback" not in run.output()
+  assert not (ROOT / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("who, message", [
+    ((None, 2, 0), "--coordinator_address missing"),
+    (("localhost:1", None, None), "--num_processes, --process_id missing"),
+    (("localhost:1", 2, 2), "--process_id=2 must be at least 0 and below --num_processes=2"),
+    (("localhost", 2, 0), "--coordinator_address=localhost must be HOST:PORT"),
+])
+def test_flags_that_do_not_name_a_process_are_refused(who, message):
+  with pytest.raises(ValueError, match=message):
+    processes.start(*who)
+
+
+def test_one_process_alone_needs_no_flags_and_agrees_with_itself(monkeypatch):
+  monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined others"))
+  for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST"):
+    monkeypatch.delenv(name, raising=False)
+  processes.start(None, None, None)
+  assert processes.gather("é") == ["é"] and processes.from_first({"a": [1]}) == {"a": [1]} and processes.is_first()
+  processes.check_equal("config", {"a": 1})
+  with pytest.raises(ValueError, match="mine"), processes.together():
+    raise ValueError("mine")
+
+
+def test_a_slurm_step_of_several_tasks_joins_and_of_one_does_not(monkeypatch):
+  joined = []
+  monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *args, **_: joined.append(args))
+  monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
+  monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+  for tasks in ("1", "2"):
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    processes.start(None, None, None)
+  assert joined == [()]
+
+
+def test_signals_are_noted_and_a_second_ctrl_c_ends_the_process():
+  code = ("import time\nfrom awrsr_jax.engine import processes\ntold = processes.listen()\nprint(told(), flush=True)\n"
+          "while not told(): time.sleep(0.01)\nprint(told(), flush=True)\ntime.sleep(60)")
+  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == "False\n"
+  process.terminate()
+  assert process.stdout.readline() == "True\n"
+  process.terminate()
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(0.3)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(30) == -signal.SIGINT
