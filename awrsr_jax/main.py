@@ -17,8 +17,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from awrsr_jax.config import default, walk
-from awrsr_jax.engine import processes
+from awrsr_jax.config import default, finalize, walk
+from awrsr_jax.data import corpus
+from awrsr_jax.engine import memory, processes
+from awrsr_jax.engine.mesh import check_config, make_mesh
 from awrsr_jax.engine.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, as in configs/.", lock_config=True)
@@ -26,6 +28,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run folder: checkpoints, met
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; not needed on Cloud "
                                           "TPU VMs and under SLURM.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run, on one host or many.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what memory a run would take on each device, and train nothing.")
+DEVICES = flags.DEFINE_integer("devices", None, "With --dry_run: on so many devices, that need not be here.", 1)
+ITEMS = flags.DEFINE_integer("items", None, "With --dry_run: for so many items, and no data is read.", 2)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
@@ -54,6 +59,10 @@ def main(argv: Sequence[str]) -> None:
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     jax.config.update("jax_compilation_cache_dir", str(cache / "awrsr_jax" / "compiled"))
   try:
+    if DRY_RUN.value:
+      print(plan_memory())
+      return
+    check_flags()
     processes.start(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     logging.getLogger("awrsr_jax").setLevel(logging.INFO if processes.is_first() else logging.WARNING)
     result = train(CONFIG.value, WORKDIR.value, processes.listen())
@@ -78,6 +87,27 @@ def main(argv: Sequence[str]) -> None:
     print_result(result)
 
 
+def check_flags() -> None:
+  """Raises ValueError when flags lack each other."""
+  if WORKDIR.value is None:
+    raise ValueError("--workdir=FOLDER is missing; it is where the run lives, and continues")
+  if DEVICES.value or ITEMS.value:
+    raise ValueError("--devices and --items are for --dry_run; a run takes the devices that there are, and the items "
+                     "of its data")
+
+
+def plan_memory() -> str:
+  """Returns what --dry_run prints."""
+  if DEVICES.value:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES.value)
+  config = finalize(CONFIG.value)
+  mesh = make_mesh(config.mesh)
+  check_config(*mesh.devices.shape, config)
+  items = ITEMS.value or corpus.load(config.data).num_items
+  return f"{items} items, {memory.describe(memory.plan(config, items, mesh), mesh.devices.shape)}"
+
+
 def print_result(result: dict) -> None:
   """Prints the test metrics, beside the computable best where there is one."""
   columns = {name: result[name] for name in ("valid", "test", "oracle") if name in result}
@@ -86,8 +116,10 @@ def print_result(result: dict) -> None:
   print(" ".join([f"{'':8}", *(f"{name:>8}" for name in columns)]))
   for metric in result["test"]:
     print(" ".join([f"{metric:8}", *(f"{values[metric]:8.4f}" for values in columns.values())]))
+  peaks = (f"{size / 2 ** 20:,.0f} MiB on the {where}" for where, size in result["peak_memory"].items())
+  print(f"peak memory: {', '.join(peaks)}")
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.mark_flag_as_required("config")
   app.run(main, flags_parser=parse_flags)

@@ -17,7 +17,7 @@ ORDER = (
     "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden", "model.sasrec", "model.stosa",
     "model.backbones", "model.losses",
     "engine.processes", "engine.mesh", "engine.state", "engine.objective", "engine.ranking", "engine.run_folder",
-    "engine.checkpoint", "engine.train",
+    "engine.checkpoint", "engine.train", "engine.memory",
     "main",
 )
 FILES = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path

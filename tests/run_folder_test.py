@@ -213,7 +213,8 @@ def test_lines_of_a_lost_part_and_damaged_lines_go_and_the_others_stay_as_they_w
   path = tmp_path / "metrics.jsonl"
   good = [line(3, split="train", loss=0.1), line(4, split="valid", mrr=1e-7), line(6, split="train")]
   bad = ['{"step": 5, "lo\n', "[1]\n", "7\n", '{"loss": 1}\n', "\n", '{"step": null}\n', "\x00\x00\n"]
-  path.write_text("".join([good[0], *bad, good[1], good[2], line(6, split="valid"), line(7, split="train"), line(6, split="late")[:-1]]))
+  lost = [line(6, split="valid"), line(7, split="train"), line(6, split="late")[:-1]]
+  path.write_text("".join([good[0], *bad, good[1], good[2], *lost]))
   assert run_folder.keep_lines(epath.Path(path), 6) == "".join(good)
   assert path.read_text() == "".join(good) and os.listdir(tmp_path) == ["metrics.jsonl"]
   assert len([record for record in caplog.records if "damaged line" in record.message]) == len(bad)

@@ -101,6 +101,17 @@ def accumulate(grad: Callable, params: Any, batch: dict[str, jax.Array], keys: d
   return jax.lax.scan(add, zeros, (jax.tree.map(cut, batch), jnp.arange(pieces)))[0]
 
 
+def make_train_step(backbone: nn.Module, mesh: Mesh, optimizer: optax.GradientTransformation, config: Any,
+                    targets_per_step: float) -> Callable:
+  """Returns the jitted (state, batch, cumulative) -> (state, Report); the old state is given up."""
+  step = functools.partial(train_step, backbone=backbone, mesh=mesh, optimizer=optimizer, config=config,
+                           targets_per_step=targets_per_step)
+  # XLA for the CPU would otherwise find what is made twice, and keep it the first time.
+  options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+  is_undone = config.model.remat and mesh.devices.flat[0].platform == "cpu"
+  return jax.jit(step, donate_argnums=0, compiler_options=options if is_undone else None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
   """What a run is made of and never changes."""
@@ -147,9 +158,8 @@ def make_job(config: Any) -> Job:
   processes.check_equal("corpus", data_corpus.describe(corpus))
   backbone = build_backbone(config, corpus.num_items)
   optimizer = make_optimizer(config.train, len(batches))
-  step = functools.partial(train_step, backbone=backbone, mesh=mesh, optimizer=optimizer, config=config,
-                           targets_per_step=batches.targets_per_step)
-  return Job(config, corpus, mesh, backbone, optimizer, batches, ranked, jax.jit(step, donate_argnums=0),
+  return Job(config, corpus, mesh, backbone, optimizer, batches, ranked,
+             make_train_step(backbone, mesh, optimizer, config, batches.targets_per_step),
              ranking.make_rank_step(backbone, mesh, config.eval.block_items))
 
 
@@ -367,7 +377,7 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
       "corpus": data_corpus.describe(job.corpus),
       "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
       "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
-      "wall_time_s": round(record["seconds"], 1),
+      "wall_time_s": round(record["seconds"], 1), "peak_memory": meshes.measure_peak(),
   }
   if job.corpus.oracle is not None:
     everyone = dataclasses.replace(job.ranking["test"], parts=data_batches.WHOLE)

@@ -1,0 +1,84 @@
+"""The memory plan: sizes by hand, what makes them smaller, and --dry_run, which leaves nothing behind."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from awrsr_jax.config import default, finalize
+from awrsr_jax.engine import memory
+from awrsr_jax.engine import mesh as meshes
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@functools.cache
+def plan(items=4000, data=1, model=1, **values):
+  config = default()
+  config.data.max_length, config.model.width, config.model.refine, config.model.ffn_width = 32, 16, "none", 16
+  config.train.batch_size, config.eval.batch_size, config.eval.block_items = 64, 8, 64
+  config.model.table_multiple = 32
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+  mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": data, "model": model}))
+  return memory.plan(finalize(config), items, mesh)
+
+
+def test_parameters_and_optimizer_are_counted_by_hand():
+  table, positions, norm = 4032 * 16, 32 * 16, 2 * 16  # 4,001 rows, rounded up to a multiple of 32
+  block = 4 * (16 * 16 + 16) + 2 * (16 * 16 + 16) + 2 * norm  # query, key, value, out; two dense layers; two norms
+  whole = plan()
+  assert whole["parameters"] == 4 * (table + positions + 2 * block + norm)
+  assert whole["optimizer"] == 2 * whole["parameters"] + 2 * 4  # two moments, and two counts of steps
+  split = plan(data=2, model=4)
+  assert split["parameters"] == whole["parameters"] - 4 * table * 3 // 4
+  assert split["optimizer"] == whole["optimizer"] - 2 * 4 * table * 3 // 4
+
+
+def test_a_step_takes_the_gradients_and_no_scores_of_all_positions():
+  found = plan()
+  assert found["parameters"] < found["train_step"] < 4 * 64 * 32 * 4000  # no float32 for each position and item
+  assert found["peak"] == found["parameters"] + found["optimizer"] + max(found["train_step"], found["rank_step"])
+  assert "f32[256,4032]" in found["largest"] and found["largest"]["f32[256,4032]"] == 4 * 256 * 4032  # a chunk of them
+
+
+def test_more_devices_shorter_pieces_and_remat_take_less():
+  deep = {"loss__name": "sampled_softmax", "loss__num_negatives": 4, "model__layers": 4}
+  plain = plan(items=100, **deep)["train_step"]
+  assert plan(items=100, data=8, **deep)["train_step"] < 0.3 * plain
+  assert plan(items=100, train__accumulate=8, **deep)["train_step"] < 0.5 * plain
+  assert plan(items=100, model__remat=True, **deep)["train_step"] < 0.7 * plain
+  assert plan(items=100, model__dtype="bfloat16", **deep)["parameters"] == plan(items=100, **deep)["parameters"]
+  assert plan(model=8)["peak"] < 0.5 * plan()["peak"]
+
+
+def dry_run(tmp_path, *flags):
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+  return subprocess.run([sys.executable, "-m", "awrsr_jax.main", f"--config={ROOT}/tests/tiny_config.py", *flags],
+                        cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                        timeout=300)
+
+
+def test_a_dry_run_prints_the_plan_for_devices_and_items_that_are_not_here_and_writes_nothing(tmp_path):
+  done = dry_run(tmp_path, "--dry_run", "--items=100000", "--devices=16", "--config.mesh.data=2", "--config.mesh.model=8",
+                 "--workdir=run")
+  assert done.returncode == 0 and "100000 items, on each of 16 devices (2 data x 8 model)" in done.stdout, done.stderr
+  assert "f32[256,12501]" not in done.stdout and "f32[12501,8]" in done.stdout
+  assert os.listdir(tmp_path) == []
+  here = dry_run(tmp_path, "--dry_run")
+  assert here.stdout.startswith("40 items, on each of 1 devices")  # of the corpus
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "--workdir=FOLDER is missing"),
+    (["--workdir=run", "--items=5"], "--devices and --items are for --dry_run"),
+    (["--dry_run", "--devices=3", "--config.mesh.data=-1", "--config.mesh.model=2"], "does not fit 3 devices"),
+    (["--dry_run", "--devices=4", "--config.mesh.data=1", "--config.mesh.model=3"], "table_multiple=8 must be a multiple"),
+])
+def test_a_dry_run_that_does_not_fit_is_one_line(tmp_path, flags, message):
+  done = dry_run(tmp_path, *flags)
+  assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+  assert os.listdir(tmp_path) == []
