@@ -141,7 +141,7 @@ def test_four_processes_with_a_split_table_agree_with_one(finish, by_one):
   assert_agree(finish(4, "--config.mesh.data=2", "--config.mesh.model=2"), by_one)
 
 
-def test_told_to_stop_and_killed_a_run_of_two_ends_bit_equal(start, by_two, tmp_path):
+def test_told_to_stop_killed_and_damaged_a_run_of_two_ends_bit_equal(start, by_two, tmp_path):
   workdir = tmp_path / "run"
   run = start(workdir, 2).signal_when(lines=5, process=1, number=signal.SIGTERM)
   assert run.wait() == [processes.TRY_AGAIN] * 2, run.output()
@@ -155,8 +155,12 @@ def test_told_to_stop_and_killed_a_run_of_two_ends_bit_equal(start, by_two, tmp_
   assert codes == [processes.TRY_AGAIN, -signal.SIGKILL] and time.monotonic() - began < 60, run.output()
   assert "another process of this run is gone" in run.output() and not (workdir / "result.json").exists()
 
+  newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+  for path in (workdir / "checkpoints" / str(newest) / "state" / "d").iterdir():
+    path.write_bytes(b"")
   run = start(workdir, 2)
   assert run.wait() == [0, 0], run.output()
+  assert f"checkpoint {newest} of {workdir}/checkpoints is damaged and is not used" in run.output()
   assert_equal(workdir, by_two)
 
 

@@ -199,7 +199,7 @@ def hash_arrays(tree: Any) -> str:
   digest = hashlib.sha256()
   for name in sorted(named):
     for piece in pieces(named[name]):
-      digest.update(piece.astype(piece.dtype.newbyteorder("<")).tobytes())
+      digest.update(np.ascontiguousarray(piece, piece.dtype.newbyteorder("<")))
   return digest.hexdigest()
 
 

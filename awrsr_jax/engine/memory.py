@@ -1,6 +1,5 @@
 """How much memory a run takes on each device, planned from shapes alone."""
 
-import functools
 import math
 import re
 from typing import Any
@@ -11,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.ranking import make_rank_step
-from awrsr_jax.engine.state import init_state, make_optimizer
+from awrsr_jax.engine.state import make_init, make_optimizer
 from awrsr_jax.engine.train import make_train_step
 from awrsr_jax.model.backbones import build_backbone
 
@@ -29,12 +28,13 @@ def plan(config: Any, num_items: int, mesh: Mesh) -> dict[str, Any]:
     mesh: of any devices, in this process.
 
   Returns:
-    Bytes on each device: parameters, optimizer, train_step and rank_step (what is alive at most while they run, beside
-    the state), peak (the most of all); `largest`, the largest arrays made in a train step, as text and bytes.
+    Bytes on each device: parameters, optimizer; init, train_step and rank_step (what is alive at most while they run,
+    beside those two); peak (the most of all); `largest`, the largest arrays made in a train step, as text and bytes.
   """
   backbone = build_backbone(config, num_items)
   optimizer = make_optimizer(config.train, total_steps=1)
-  state = jax.eval_shape(functools.partial(init_state, backbone, optimizer, config.seed, mesh))
+  init = make_init(backbone, optimizer, config.seed, mesh)
+  state = jax.eval_shape(init)
   state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state,
                        meshes.shardings(mesh, state))
   array = lambda *shape, split=("data",): jax.ShapeDtypeStruct(  # noqa: E731
@@ -50,10 +50,10 @@ def plan(config: Any, num_items: int, mesh: Mesh) -> dict[str, Any]:
   sizes = {name: sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                      for leaf in jax.tree.leaves(tree))
            for name, tree in (("parameters", state.params), ("optimizer", state.opt_state))}
-  sizes |= {"train_step": count_bytes(trained) - sum(sizes.values()),
+  held = sum(sizes.values())
+  beside = {"init": count_bytes(init.lower().compile()) - held, "train_step": count_bytes(trained) - held,
             "rank_step": count_bytes(ranked) - sizes["parameters"]}
-  held = sizes["parameters"] + sizes["optimizer"]
-  return sizes | {"peak": held + max(sizes["train_step"], sizes["rank_step"]), "largest": largest_arrays(trained)}
+  return sizes | beside | {"peak": held + max(beside.values()), "largest": largest_arrays(trained)}
 
 
 def count_bytes(program: jax.stages.Compiled) -> int:
@@ -79,12 +79,12 @@ def largest_arrays(program: jax.stages.Compiled) -> dict[str, int]:
 def describe(planned: dict[str, Any], mesh_shape: tuple[int, int]) -> str:
   """Returns a plan as a table for people."""
   data, model = mesh_shape
-  names = {"parameters": "parameters", "optimizer": "optimizer",
-           "train_step": "+ a train step (gradients, activations)", "rank_step": "+ or a ranking step",
-           "peak": "peak; the largest arrays in it:"}
+  names = {"parameters": "parameters", "optimizer": "optimizer", "init": "+ to create them",
+           "train_step": "+ or a train step (gradients, activations)", "rank_step": "+ or a ranking step",
+           "peak": "peak; the largest arrays of a train step:"}
   lines = [f"on each of {data * model} devices ({data} data x {model} model)"]
-  lines += [f"  {title:40} {planned[name] / 2 ** 20:10,.1f} MiB" for name, title in names.items()]
-  lines += [f"  {name:40} {size / 2 ** 20:10,.1f} MiB" for name, size in planned["largest"].items()]
+  lines += [f"  {title:42} {planned[name] / 2 ** 20:10,.1f} MiB" for name, title in names.items()]
+  lines += [f"  {name:42} {size / 2 ** 20:10,.1f} MiB" for name, size in planned["largest"].items()]
   state = (planned["parameters"] + planned["optimizer"]) / 2 ** 20
   lines += [f"in the memory of each host, besides: the data, and {state:,.1f} MiB a device of it while a checkpoint is "
             "written"]

@@ -45,8 +45,9 @@ def objective(backbone: nn.Module, mesh: Mesh, params: Any, batch: dict[str, jax
           collides=negatives_K[None, None] == targets_BxL[..., None])
     case _:
       negatives_BxLxK = draw_unseen(keys["negatives"], inputs_BxL, targets_BxL, loss.num_negatives, num_items)
-      positive = bound("score", hidden, targets_BxL[..., None])[..., 0]
-      negatives = bound("score", hidden, negatives_BxLxK)
+      candidates = jnp.concatenate([targets_BxL[..., None], negatives_BxLxK], axis=-1)
+      scores = bound("score", hidden, candidates)  # all at once: one gradient of the table to sum over devices
+      positive, negatives = scores[..., 0], scores[..., 1:]
       loss_BxL = {"bce": losses.bce, "bpr": losses.bpr,
                   "gbce": lambda p, n: losses.gbce(p, n, num_items, loss.gbce_t)}[loss.name](positive, negatives)
       if loss.pvn_weight:
@@ -84,6 +85,9 @@ def full_softmax(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Any, t
 
 def _full_softmax_forward(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Any,
                           targets_BxL: jax.Array) -> tuple[jax.Array, Any]:
+  def add_up(x: Any, axis: str) -> Any:
+    return jax.lax.psum(x, axis) if mesh.shape[axis] > 1 else x
+
   def on_a_device(catalogue: Any, hidden: Any, targets_BxL: jax.Array) -> tuple[jax.Array, Any, Any]:
     rows = len(jax.tree.leaves(catalogue)[0])
     first = jax.lax.axis_index("model") * rows
@@ -101,7 +105,7 @@ def _full_softmax_forward(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidde
       top = jax.lax.pmax(jnp.max(scores, axis=1), "model")
       exps = jnp.exp(scores - top[:, None])
       is_target = first + jnp.arange(rows)[None] == targets[:, None]
-      total, positive = jax.lax.psum((jnp.sum(exps, axis=1), jnp.sum(jnp.where(is_target, scores, 0), axis=1)), "model")
+      total, positive = add_up((jnp.sum(exps, axis=1), jnp.sum(jnp.where(is_target, scores, 0), axis=1)), "model")
       real = targets > 0
       loss += jnp.sum(jnp.where(real, jnp.log(total) + top - positive, 0))
       slope = jnp.where(real[:, None], exps / total[:, None] - is_target, 0)  # d loss / d scores
@@ -112,7 +116,7 @@ def _full_softmax_forward(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidde
     (loss, grad_catalogue), grad_hidden = jax.lax.scan(add_chunk, zero, chunks)
     grad_hidden = jax.tree.map(lambda grad, x: grad.reshape(-1, x.shape[-1])[:positions].reshape(x.shape),
                                grad_hidden, hidden)
-    return (*jax.lax.psum((loss, grad_catalogue), "data"), jax.lax.psum(grad_hidden, "model"))
+    return *add_up((loss, grad_catalogue), "data"), add_up(grad_hidden, "model")
 
   model, data = PartitionSpec("model"), PartitionSpec("data")
   on_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=(model, data, data), out_specs=(PartitionSpec(), model, data),

@@ -1,5 +1,6 @@
 """What training carries from step to step, and the keys it draws: all functions of (seed, purpose, step)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,10 +75,15 @@ def empty_window() -> Window:
   return Window(*(jnp.zeros((), jnp.float32) for _ in range(4)))
 
 
-def init_state(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-  """Creates the state where it will live: no parameter is ever whole on one device unless it stays so."""
+def make_init(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> Callable:
+  """Returns the jitted () -> TrainState that creates each part of the state where it will live."""
   def init() -> TrainState:
     inputs = jnp.zeros((1, backbone.max_length), jnp.int32)
     params = backbone.init(make_key(seed, "init"), inputs)["params"]
     return TrainState(jnp.int32(0), params, optimizer.init(params), empty_window(), jnp.int32(NO_STEP))
-  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)))()
+  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)))
+
+
+def init_state(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+  """Creates the state where it will live: no parameter is ever whole on one device unless it stays so."""
+  return make_init(backbone, optimizer, seed, mesh)()

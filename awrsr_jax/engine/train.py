@@ -355,9 +355,14 @@ def encode_items(corpus: data_corpus.Corpus) -> dict[str, Any]:
 
 def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any],
              told_to_stop: Callable[[], bool]) -> dict[str, Any]:
-  """Evaluates the best checkpoint on validation and, this once, on test. Returns the content of result.json."""
-  params_sha256 = checkpoint.hash_arrays(state.params)
+  """Evaluates the best checkpoint on validation and, this once, on test; the state is given up.
+
+  Returns:
+    The content of result.json.
+  """
+  steps, params_sha256 = int(state.step), checkpoint.hash_arrays(state.params)
   template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  jax.tree.map(lambda x: x.delete(), state)  # makes room for the best one
   try:
     best, _ = checkpoint.restore_step(manager, record["best_step"], template)
   except ValueError as error:
@@ -370,9 +375,9 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
       **{split: splits[split] for split in ("test", "valid")},
       "protocol": ranking.describe_protocol(job.config.eval.protocol),
       "loss": job.config.loss.name, "refine": job.config.model.refine, "backbone": job.config.model.backbone,
-      "seed": job.config.seed, "epochs": job.config.train.epochs, "steps": int(state.step),
+      "seed": job.config.seed, "epochs": job.config.train.epochs, "steps": steps,
       "best_step": record["best_step"], "best_epoch": job.epoch(record["best_step"]),
-      "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+      "parameters": sum(leaf.size for leaf in jax.tree.leaves(best.params)),
       "params_sha256": params_sha256,  # of the last step, see checkpoint.hash_arrays for the order
       "corpus": data_corpus.describe(job.corpus),
       "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
