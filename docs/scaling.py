@@ -19,7 +19,7 @@ import numpy as np
 from awrsr_jax.config import default, finalize
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import init_state, make_optimizer
-from awrsr_jax.engine.train import make_train_step
+from awrsr_jax.engine.step import make_train_step
 from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.hidden import table_rows
 

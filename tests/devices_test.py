@@ -15,7 +15,8 @@ from awrsr_jax.config import LOSSES, default, finalize
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.ranking import make_rank_step
 from awrsr_jax.engine.state import NO_STEP, init_state
-from awrsr_jax.engine.train import make_job, train_step
+from awrsr_jax.engine.step import train_step
+from awrsr_jax.engine.train import make_job
 from awrsr_jax.model.backbones import build_backbone
 
 ITEMS = 29  # in a table of 32 rows

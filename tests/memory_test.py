@@ -47,7 +47,7 @@ def test_a_step_takes_the_gradients_and_no_scores_of_all_positions():
 
 
 def test_more_devices_shorter_pieces_and_remat_take_less():
-  deep = {"loss__name": "sampled_softmax", "loss__num_negatives": 4, "model__layers": 4}
+  deep = {"loss__name": "sampled_softmax", "loss__num_negatives": 4, "model__layers": 3}
   plain = plan(items=100, **deep)["train_step"]
   assert plan(items=100, data=8, **deep)["train_step"] < 0.3 * plain
   assert plan(items=100, train__accumulate=8, **deep)["train_step"] < 0.5 * plain

@@ -141,6 +141,17 @@ def test_four_processes_with_a_split_table_agree_with_one(finish, by_one):
   assert_agree(finish(4, "--config.mesh.data=2", "--config.mesh.model=2"), by_one)
 
 
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed.txt").exists(), reason="the script would install an environment")
+def test_the_script_for_this_machine_starts_them_all(tmp_path):
+  command = ["bash", "launch/local_processes.sh", "2", "--config=tests/tiny_config.py", f"--workdir={tmp_path}/run", *FLAGS,
+             "--config.train.epochs=1"]
+  done = subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": FAST_COMPILE}, capture_output=True, text=True,
+                        timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert json.loads((tmp_path / "run" / "result.json").read_text())["device"].startswith("2 x")
+  assert "ndcg@10" in done.stdout and "ndcg@10" not in (tmp_path / "run.process_1.log").read_text()
+
+
 def test_told_to_stop_killed_and_damaged_a_run_of_two_ends_bit_equal(start, by_two, tmp_path):
   workdir = tmp_path / "run"
   run = start(workdir, 2).signal_when(lines=5, process=1, number=signal.SIGTERM)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from awrsr_jax.engine import checkpoint, processes, ranking
-from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import init_state
 from awrsr_jax.engine.train import make_job, train
 
@@ -126,40 +125,6 @@ def test_a_damaged_best_checkpoint_is_named_at_the_end(small_config, tmp_path):
       path.write_bytes(b"")
   with pytest.raises(ValueError, match="best checkpoint, step 4 .*cannot be read"):
     train(small_config, tmp_path)
-
-
-@pytest.mark.parametrize("name, backbone", [
-    *((name, "sasrec") for name in ("softmax", "sampled_softmax", "bce", "bpr", "gbce")), ("softmax", "stosa"),
-    ("bpr", "stosa")])
-def test_every_loss_takes_a_step_downhill(name, backbone, small_config):
-  small_config.loss.name = name
-  small_config.model.backbone = backbone
-  small_config.loss.pvn_weight = 0.001 if (name, backbone) == ("bpr", "stosa") else 0.0
-  small_config.loss.num_negatives = 8
-  small_config.train.learning_rate = 0.02
-  small_config.model.dropout = 0.0
-  job = make_job(small_config)
-  state = init_state(job.backbone, job.optimizer, 0, job.mesh)
-  batch = meshes.to_global(job.mesh, job.batches[0])
-  popularity = meshes.replicate(job.mesh, np.arange(1, job.corpus.num_items + 1, dtype=np.int32))
-  losses = []
-  for _ in range(12):
-    state, report = job.train_step(state, batch, popularity)
-    losses.append(float(report.window.loss))
-  steps = np.diff([0, *losses[:3]])  # a window of log_every=3 steps
-  assert losses[0] == steps[0] and losses[3] < losses[0]
-  assert losses[9] < 0.98 * losses[0]
-
-
-def test_the_window_restarts_after_a_line(small_config):
-  job = make_job(small_config)
-  state = init_state(job.backbone, job.optimizer, 0, job.mesh)
-  popularity = meshes.replicate(job.mesh, np.arange(1, job.corpus.num_items + 1, dtype=np.int32))
-  counts = []
-  for step in range(5):
-    state, report = job.train_step(state, meshes.to_global(job.mesh, job.batches[step]), popularity)
-    counts.append(int(report.window.steps))
-  assert counts == [1, 2, 3, 1, 2]
 
 
 def test_a_lower_bound_on_quality_comes_from_the_ranking_itself(small_config):

@@ -1,7 +1,8 @@
-"""How much memory a run takes on each device, planned from shapes alone."""
+"""How much memory a run takes on each device, planned from shapes alone, and measured."""
 
 import math
 import re
+import resource
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.ranking import make_rank_step
 from awrsr_jax.engine.state import make_init, make_optimizer
-from awrsr_jax.engine.train import make_train_step
+from awrsr_jax.engine.step import make_train_step
 from awrsr_jax.model.backbones import build_backbone
 
 LARGEST = 3  # arrays that are named
@@ -89,3 +90,13 @@ def describe(planned: dict[str, Any], mesh_shape: tuple[int, int]) -> str:
   lines += [f"in the memory of each host, besides: the data, and {state:,.1f} MiB a device of it while a checkpoint is "
             "written"]
   return "\n".join(lines)
+
+
+def measure_peak() -> dict[str, int]:
+  """Returns the most bytes that were taken: "host", by this process, and "device", by its fullest device.
+
+  CPU devices keep no account; their arrays are in "host".
+  """
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  device = max((stat.get("peak_bytes_in_use", 0) for stat in stats), default=0)
+  return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | ({"device": device} if device else {})

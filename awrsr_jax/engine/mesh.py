@@ -2,7 +2,6 @@
 
 import functools
 import re
-import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,13 +138,3 @@ def pieces(x: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
                                      check_vma=False))
   for owner in range(mesh.shape["model"]):
     yield np.asarray(from_owner(x, owner)).view(x.dtype)
-
-
-def measure_peak() -> dict[str, int]:
-  """Returns the most bytes that were taken: "host", by this process, and "device", by its fullest device.
-
-  CPU devices keep no account; their arrays are in "host".
-  """
-  stats = [device.memory_stats() or {} for device in jax.local_devices()]
-  device = max((stat.get("peak_bytes_in_use", 0) for stat in stats), default=0)
-  return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | ({"device": device} if device else {})
