@@ -143,8 +143,8 @@ def test_four_processes_with_a_split_table_agree_with_one(finish, by_one):
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed.txt").exists(), reason="the script would install an environment")
 def test_the_script_for_this_machine_starts_them_all(tmp_path):
-  command = ["bash", "launch/local_processes.sh", "2", "--config=tests/tiny_config.py", f"--workdir={tmp_path}/run", *FLAGS,
-             "--config.train.epochs=1"]
+  command = ["bash", "launch/local_processes.sh", "2", "--config=tests/tiny_config.py", f"--workdir={tmp_path}/run",
+             *FLAGS, "--config.train.epochs=1"]
   done = subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": FAST_COMPILE}, capture_output=True, text=True,
                         timeout=300)
   assert done.returncode == 0, done.stderr
