@@ -30,9 +30,9 @@ def rank(config: Any, workdir: str) -> dict[str, float]:
   """Returns NDCG@10 of both splits, by the best checkpoint of a run."""
   job = make_job(config)
   best_step = json.loads((pathlib.Path(workdir) / "result.json").read_text())["best_step"]
-  manager = checkpoint.open_checkpoints(workdir)
   template = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
-  state, _ = checkpoint.restore_step(manager, best_step, template)
+  with checkpoint.open_checkpoints(workdir) as manager:
+    state, _ = checkpoint.restore_step(manager, best_step, template)
   return {split: ranking.summarize(ranking.rank_users(job.rank_step, state.params, batches, job.mesh))["ndcg@10"]
           for split, batches in job.ranking.items()}
 

@@ -26,9 +26,9 @@ def read_maps(workdir: str) -> dict[str, np.ndarray]:
   config.update_from_flattened_dict(dict(walk(json.loads(pathlib.Path(workdir, "config.json").read_text()))))
   best_step = json.loads(pathlib.Path(workdir, "result.json").read_text())["best_step"]
   job = make_job(config)
-  manager = checkpoint.open_checkpoints(workdir)
   template = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
-  state, _ = checkpoint.restore_step(manager, best_step, template)
+  with checkpoint.open_checkpoints(workdir) as manager:
+    state, _ = checkpoint.restore_step(manager, best_step, template)
   inputs = next(batch["inputs"] for batch in job.ranking["test"] if batch["inputs"].shape[1] >= SHOWN)
   maps = attention_maps(job.backbone, state.params, inputs[-1:])[0]
   return {name: np.asarray(weights[0, 0, -SHOWN:, -SHOWN:]) for name, weights in maps.items()}

@@ -110,9 +110,9 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkp
   with pytest.raises(FloatingPointError, match=r"not finite at step 1[3-9] .*learning_rate"):
     train(small_config, tmp_path)
   job = make_job(small_config)
-  manager = checkpoint.open_checkpoints(tmp_path)
   template = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
-  state, record = checkpoint.restore_newest(manager, template)
+  with checkpoint.open_checkpoints(tmp_path) as manager:
+    state, record = checkpoint.restore_newest(manager, template)
   assert record["step"] == 12 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 

@@ -8,13 +8,14 @@ and whoever goes on from it evaluates first. All processes of a run call these f
 what its devices hold.
 """
 
+import contextlib
 import errno
 import hashlib
 import itertools
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,8 +43,9 @@ class NewestAndBest(preservation_policy.PreservationPolicy):
     return [info.step in newest or info.step == best for info in checkpoints]
 
 
-def open_checkpoints(workdir: str | os.PathLike[str]) -> ocp.CheckpointManager:
-  """Opens the checkpoints of a run folder, or of gs://...; leftovers of an interrupted save are removed."""
+@contextlib.contextmanager
+def open_checkpoints(workdir: str | os.PathLike[str]) -> Iterator[ocp.CheckpointManager]:
+  """Opens the checkpoints of a run folder, which may be gs://...; leftovers of an interrupted save are removed."""
   options = ocp.CheckpointManagerOptions(
       preservation_policy=NewestAndBest(),
       best_fn=lambda metrics: metrics["best_step"],  # without it Orbax writes no metrics at all
@@ -51,7 +53,14 @@ def open_checkpoints(workdir: str | os.PathLike[str]) -> ocp.CheckpointManager:
       enable_async_checkpointing=True)
   folder = epath.Path(workdir)
   folder = folder if "://" in str(folder) else folder.absolute()
-  return ocp.CheckpointManager(folder / "checkpoints", options=options)
+  manager = ocp.CheckpointManager(folder / "checkpoints", options=options)
+  try:
+    yield manager
+  except Exception as error:
+    if not processes.tells_of_a_loss(error):  # closing would wait for the process that is gone
+      manager.close()
+    raise
+  manager.close()
 
 
 @jax.jit

@@ -112,14 +112,19 @@ def check_equal(what: str, content: dict[str, Any]) -> None:
                        "with the same command and the same data")
 
 
+def tells_of_a_loss(error: Exception) -> bool:
+  """Whether an error is what JAX raises when another process is gone; there is no type for it."""
+  signs = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "Connection closed by peer")
+  return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
+
+
 @contextlib.contextmanager
 def noticing_losses() -> Iterator[None]:
   """Turns what JAX raises when another process is gone into ProcessLost."""
   try:
     yield
   except Exception as error:
-    signs = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "Connection closed by peer")
-    if jax.process_count() > 1 and any(sign in str(error) for sign in signs):
+    if tells_of_a_loss(error):
       raise ProcessLost(str(error).splitlines()[0]) from error
     raise
 

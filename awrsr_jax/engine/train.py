@@ -105,29 +105,21 @@ def train(config: Any, workdir: str | os.PathLike[str],
     processes.ProcessLost: another process is gone; the same call goes on from the newest checkpoint.
   """
   began = time.monotonic()
-  job = make_job(config)
-  with open_run(workdir, job):
-    result_path = epath.Path(workdir) / "result.json"
-    result = processes.from_first(run_folder.read_json(result_path) if result_path.exists() else None)
-    if result and result["epochs"] == job.config.train.epochs:
-      LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
-      return result
-    manager = checkpoint.open_checkpoints(workdir)
-    try:
-      with processes.noticing_losses():
+  with processes.noticing_losses():
+    job = make_job(config)
+    with open_run(workdir, job):
+      result_path = epath.Path(workdir) / "result.json"
+      result = processes.from_first(run_folder.read_json(result_path) if result_path.exists() else None)
+      if result and result["epochs"] == job.config.train.epochs:
+        LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
+        return result
+      with checkpoint.open_checkpoints(workdir) as manager:
         state, record = start_or_resume(job, manager)
         state, record = run_steps(job, workdir, manager, state, record, began, told_to_stop)
         record |= {"seconds": record["seconds"] + time.monotonic() - began}
         result = conclude(job, manager, state, record, told_to_stop)
-        manager.wait_until_finished()
-    except processes.ProcessLost:
-      raise  # closing would wait for the one that is gone
-    except BaseException:
-      manager.close()
-      raise
-    manager.close()
-    if processes.is_first():
-      run_folder.write_json(result_path, result)
+      if processes.is_first():
+        run_folder.write_json(result_path, result)
   return result
 
 
