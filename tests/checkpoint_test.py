@@ -40,8 +40,7 @@ def make_state(step, mesh=None):
 
 
 def template_of(state, mesh=None):
-  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
-                      meshes.shardings(mesh or make(1, 1), state))
+  return meshes.template(mesh or make(1, 1), state)
 
 
 def save(manager, step, best_step=0, mesh=None):

@@ -136,9 +136,7 @@ def test_no_table_travels_between_devices(job, backbone):
   config = make_config("softmax" if job == "ranking" else job, backbone)
   mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 2, "model": 4}))
   model = build_backbone(config, rows - 1)
-  state = jax.eval_shape(lambda: init_state(model, OPTIMIZER, 0, mesh))
-  state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                       state, meshes.shardings(mesh, state))
+  state = meshes.template(mesh, jax.eval_shape(lambda: init_state(model, OPTIMIZER, 0, mesh)))
   split = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=jax.NamedSharding(  # noqa: E731
       mesh, jax.sharding.PartitionSpec("data")))
   stop = jax.ShapeDtypeStruct((2, 4), np.int32, sharding=jax.NamedSharding(mesh, jax.sharding.PartitionSpec(

@@ -41,6 +41,8 @@ def test_parameters_and_optimizer_are_counted_by_hand():
 def test_a_step_takes_the_gradients_and_no_scores_of_all_positions():
   found = plan()
   assert found["parameters"] < found["train_step"] < 4 * 64 * 32 * 4000  # no float32 for each position and item
+  large = plan(items=100_000, loss__name="sampled_softmax", loss__num_negatives=4)
+  assert large["parameters"] < large["train_step"] < 3 * large["parameters"]  # the state itself is updated in place
   assert found["peak"] == found["parameters"] + found["optimizer"] + max(
       found[name] for name in ("init", "train_step", "rank_step"))
   assert "f32[256,4032]" in found["largest"] and found["largest"]["f32[256,4032]"] == 4 * 256 * 4032  # a chunk of them

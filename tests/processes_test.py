@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from resume_test import read_lines, read_result
 
 from awrsr_jax.engine import processes
 
@@ -98,16 +99,6 @@ def by_two(finish):
   return finish(2)
 
 
-def read_lines(workdir: pathlib.Path) -> list[dict]:
-  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  return [{key: value for key, value in line.items() if key != "interactions_per_sec"} for line in lines]
-
-
-def read_result(workdir: pathlib.Path) -> dict:
-  result = json.loads((workdir / "result.json").read_text())
-  return {key: value for key, value in result.items() if key not in ("wall_time_s", "peak_memory")}
-
-
 def assert_agree(workdir: pathlib.Path, expected: pathlib.Path) -> None:
   """The same lines and result, to float tolerance: rounding differs where sums are split over devices."""
   def compare(found, wanted, where):
@@ -191,6 +182,12 @@ def test_a_run_goes_from_two_processes_to_one_and_back(start, by_one, tmp_path):
   run = start(workdir, 2, "--config.mesh.data=1", "--config.mesh.model=2")
   assert run.wait() == [0, 0] and "resumed at step" in run.output(), run.output()
   assert_agree(workdir, by_one)
+
+
+def test_a_process_without_a_device_is_refused(start, tmp_path):
+  run = start(tmp_path / "run", 2, "--config.mesh.data=1")
+  assert run.wait(60) == [1, 1], run.output()
+  assert "leaves processes [1] of 2 without a device; use all 2 devices" in run.logs[0].read_text()
 
 
 @pytest.mark.parametrize("flags, message", [

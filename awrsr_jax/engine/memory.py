@@ -35,9 +35,7 @@ def plan(config: Any, num_items: int, mesh: Mesh) -> dict[str, Any]:
   backbone = build_backbone(config, num_items)
   optimizer = make_optimizer(config.train, total_steps=1)
   init = make_init(backbone, optimizer, config.seed, mesh)
-  state = jax.eval_shape(init)
-  state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state,
-                       meshes.shardings(mesh, state))
+  state = meshes.template(mesh, jax.eval_shape(init))
   array = lambda *shape, split=("data",): jax.ShapeDtypeStruct(  # noqa: E731
       shape, np.int32, sharding=NamedSharding(mesh, PartitionSpec(*split)))
   length, stop = config.data.max_length, array(*mesh.devices.shape, split=("data", "model"))

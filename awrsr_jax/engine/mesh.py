@@ -78,6 +78,12 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, split_of(path)), tree)
 
 
+def template(mesh: Mesh, tree: Any) -> Any:
+  """Returns a tree of shapes and types, each with its place, for a tree of arrays or shapes."""
+  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree,
+                      shardings(mesh, tree))
+
+
 @functools.cache
 def local_parts(mesh: Mesh) -> Parts:
   """Returns which parts of a global batch this process's devices take, in ascending order, and how many there are.

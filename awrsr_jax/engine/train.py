@@ -144,12 +144,10 @@ def open_run(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
 def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainState, dict[str, Any]]:
   """Returns the state and record of the newest good checkpoint, or fresh ones."""
   init = functools.partial(init_state, job.backbone, job.optimizer, job.config.seed, job.mesh)
-  abstract = jax.eval_shape(init)
-  template = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                          abstract, meshes.shardings(job.mesh, abstract))
+  template = meshes.template(job.mesh, jax.eval_shape(init))
   found = checkpoint.restore_newest(manager, template)
   if found is None:
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(template.params))
     LOG.info("%d users, %d items, %d interactions; %d parameters; %d steps of %d epochs, lengths %s",
              job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
              job.config.train.epochs, job.batches.buckets)
@@ -274,7 +272,7 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
     The content of result.json.
   """
   steps, params_sha256 = int(state.step), checkpoint.hash_arrays(state.params)
-  template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  template = meshes.template(job.mesh, state)
   jax.tree.map(lambda x: x.delete(), state)  # makes room for the best one
   try:
     best, _ = checkpoint.restore_step(manager, record["best_step"], template)
