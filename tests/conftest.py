@@ -3,12 +3,16 @@
 import os
 import pathlib
 
-import jax
-import numpy as np
-import pytest
-import tiny_config
+# Tests compile much and run little. For processes that tests start, too.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
+                                    "--xla_llvm_disable_expensive_passes=true"])
 
-from awrsr_jax.data.corpus import Corpus
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import tiny_config  # noqa: E402
+
+from awrsr_jax.data.corpus import Corpus  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def plan(items=4000, data=1, model=1, **values):
   config = default()
   config.data.max_length, config.model.width, config.model.refine, config.model.ffn_width = 32, 16, "none", 16
-  config.train.batch_size, config.eval.batch_size, config.eval.block_items = 64, 8, 64
+  config.model.layers, config.train.batch_size, config.eval.batch_size, config.eval.block_items = 1, 64, 8, 64
   config.model.table_multiple = 32
   config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
   mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": data, "model": model}))
@@ -31,7 +31,7 @@ def test_parameters_and_optimizer_are_counted_by_hand():
   table, positions, norm = 4032 * 16, 32 * 16, 2 * 16  # 4,001 rows, rounded up to a multiple of 32
   block = 4 * (16 * 16 + 16) + 2 * (16 * 16 + 16) + 2 * norm  # query, key, value, out; two dense layers; two norms
   whole = plan()
-  assert whole["parameters"] == 4 * (table + positions + 2 * block + norm)
+  assert whole["parameters"] == 4 * (table + positions + block + norm)
   assert whole["optimizer"] == 2 * whole["parameters"] + 2 * 4  # two moments, and two counts of steps
   split = plan(data=2, model=4)
   assert split["parameters"] == whole["parameters"] - 4 * table * 3 // 4
