@@ -78,10 +78,7 @@ while (($#)); do
       flags=("$@")
       break
       ;;
-    *)
-      die "$1 is no setting of this script (--help lists them, written --name=VALUE)." \
-        "Flags of awrsr_jax.main go after --: bash launch/cloud_tpu.sh start -- --config=configs/ml1m.py ..."
-      ;;
+    *) no_setting "$1" "launch/cloud_tpu.sh start" ;;
   esac
   shift
 done

@@ -17,6 +17,12 @@ number() {
   fi
 }
 
+# Refuses what is no setting of a script; $2 is how the script is called.
+no_setting() {
+  die "$1 is no setting of this script (--help lists them, written --name=VALUE)." \
+    "Flags of awrsr_jax.main go after --: bash $2 -- --config=configs/ml1m.py ..."
+}
+
 # Prints a command as it would be typed.
 quoted() {
   local word line=""

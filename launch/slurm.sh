@@ -42,10 +42,7 @@ while (($#)); do
       flags=("$@")
       break
       ;;
-    *)
-      die "$1 is no setting of this script (--help lists them, written --name=VALUE)." \
-        "Flags of awrsr_jax.main go after --: bash launch/slurm.sh --nodes=2 -- --config=configs/ml1m.py ..."
-      ;;
+    *) no_setting "$1" "launch/slurm.sh --nodes=2" ;;
   esac
   shift
 done

@@ -93,6 +93,8 @@ def test_one_and_eight_devices_make_the_same_update(runs):
     jax.tree.map(np.testing.assert_array_equal, other_states[0], start)
     assert_close(other_states[1], first)
     assert_close(other_states[2], second)
+    for other, window in zip(other_windows, windows, strict=True):
+      np.testing.assert_allclose(other.loss, window.loss, rtol=1e-5)
     assert_close(other_windows, windows)
 
 

@@ -105,7 +105,7 @@ def assert_agree(workdir: pathlib.Path, expected: pathlib.Path) -> None:
       for key in wanted.keys() - {"device", "params_sha256"}:
         compare(found[key], wanted[key], f"{where} {key}")
     elif isinstance(wanted, float):
-      np.testing.assert_allclose(found, wanted, rtol=2e-4, err_msg=where)
+      np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=where)
     else:
       assert found == wanted, where
   found, wanted = read_lines(workdir), read_lines(expected)

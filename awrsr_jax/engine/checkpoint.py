@@ -27,6 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.mesh import pieces
+from awrsr_jax.engine.run_folder import is_remote
 from awrsr_jax.engine.state import TrainState
 
 LOG = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def open_checkpoints(workdir: str | os.PathLike[str]) -> Iterator[ocp.Checkpoint
       cleanup_tmp_directories=True,
       enable_async_checkpointing=True)
   folder = epath.Path(workdir)
-  folder = folder if "://" in str(folder) else folder.absolute()
+  folder = folder if is_remote(folder) else folder.absolute()
   manager = ocp.CheckpointManager(folder / "checkpoints", options=options)
   try:
     yield manager

@@ -38,18 +38,22 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
   return "://" in str(path)
 
 
-def write_json(path: epath.Path, content: dict[str, Any]) -> None:
-  """Writes a JSON file whole or not at all."""
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all; an object of a bucket always is."""
   if is_remote(path):
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(text)
     return
   temporary = path.with_name(path.name + ".tmp")
   with temporary.open("w") as file:
-    json.dump(content, file, indent=2)
-    file.write("\n")
+    file.write(text)
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def write_json(path: epath.Path, content: dict[str, Any]) -> None:
+  """Writes a JSON file whole or not at all."""
+  write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def lock_folder(folder: epath.Path) -> TextIO:
@@ -237,11 +241,6 @@ def keep_lines(path: epath.Path, last_step: int) -> str:
         kept.append(line)
     except (ValueError, KeyError, TypeError):
       LOG.warning("%s: dropped a damaged line: %r", path, line[:80])
-  content = "".join(kept)
-  if is_remote(path):
-    path.write_text(content)
-  else:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content)
-    os.replace(temporary, path)
-  return content
+  text = "".join(kept)
+  write_text(path, text)
+  return text
