@@ -234,6 +234,24 @@ def test_a_slurm_step_of_several_tasks_joins_and_of_one_does_not(monkeypatch):
   assert joined == [()]
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_tpu_host_joins_the_others_or_starts_alone_where_nothing_names_them(monkeypatch, caplog, named):
+  joined = []
+
+  def initialize(*args, **_):
+    joined.append(args)
+    if not named:
+      raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+  monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
+  monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+  monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
+  monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/vfio/0"] if "vfio" in pattern else [])
+  processes.start(None, None, None)
+  assert joined == [()] and ("starts alone" in caplog.text) == (not named)
+
+
 def test_signals_are_noted_and_a_second_ctrl_c_ends_the_process():
   code = ("import time\nfrom awrsr_jax.engine import processes\ntold = processes.listen()\nprint(told(), flush=True)\n"
           "while not told(): time.sleep(0.01)\nprint(told(), flush=True)\ntime.sleep(60)")
