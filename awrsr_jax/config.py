@@ -22,6 +22,7 @@ CHOICES = {
     "model.norm": ("pre", "post", "query"),
     "model.activation": ("relu", "gelu", "elu"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.attention.implementation": ("auto", "reference", "fused"),
     "model.refine": REFINEMENTS,
     "model.awr.correlation": ("dot", "wasserstein"),
     "model.awr.additive_on": ("scores", "weights"),
@@ -38,7 +39,7 @@ BOUNDS = {
     "data.synthetic.num_users": (1, True), "data.synthetic.num_items": (2, True), "data.synthetic.length": (5, True),
     "data.synthetic.order": (1, True), "data.synthetic.seed": (0, True), "data.synthetic.temperature": (0, False),
     "model.width": (1, True), "model.layers": (1, True), "model.heads": (1, True), "model.ffn_width": (1, True),
-    "model.dropout": (0, True), "model.attention_dropout": (0, True),
+    "model.dropout": (0, True), "model.attention.dropout": (0, True),
     "model.table_multiple": (1, True), "model.awr.rank": (1, True), "model.awr.order": (1, True),
     "loss.num_negatives": (1, True), "loss.gbce_t": (0, True), "loss.pvn_weight": (0, True),
     "train.epochs": (1, True), "train.batch_size": (1, True), "train.accumulate": (1, True),
@@ -88,7 +89,9 @@ def default() -> ml_collections.ConfigDict:
   model.activation = "relu"  # relu | gelu | elu
   model.norm = "pre"  # pre | post | query (the original SASRec: only the query is normalised)
   model.dropout = 0.2  # embedding, attention weights, feed-forward
-  model.attention_dropout = config_dict.placeholder(float)  # of attention weights; None: model.dropout
+  model.attention = ml_collections.ConfigDict()
+  model.attention.dropout = config_dict.placeholder(float)  # of attention weights; None: model.dropout
+  model.attention.implementation = "auto"  # reference (L x L weights in memory) | fused (in blocks) | auto: fused if possible
   model.dtype = "float32"  # of activations; parameters, softmax, norms and scores stay float32
   model.remat = False  # keep only the inputs of blocks for the backward pass, and make the rest again
   model.table_multiple = 128  # item table rows are padded to it, whatever the device count
@@ -185,7 +188,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.width % model.heads:
     raise ValueError(f"config.model.heads={model.heads} does not divide config.model.width={model.width}; "
                      f"choose heads from {[h for h in range(1, model.width + 1) if model.width % h == 0]}")
-  for name, value in (("model.dropout", model.dropout), ("model.attention_dropout", model.attention_dropout),
+  for name, value in (("model.dropout", model.dropout), ("model.attention.dropout", model.attention.dropout),
                       ("train.beta1", train.beta1), ("train.beta2", train.beta2)):
     if value is not None and value >= 1:
       raise ValueError(f"config.{name}={value} must be below 1")
@@ -214,6 +217,11 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
                      f"not {train.optimizer}")
   if model.awr.value_projection and model.refine != "value":
     raise ValueError(f"config.model.awr.value_projection needs config.model.refine=value, not {model.refine}")
+  mixes = model.refine == "value" or (model.refine == "additive" and model.awr.additive_on == "weights")
+  if model.attention.implementation == "fused" and (model.awr.value_projection or (mixes and model.backbone == "stosa")):
+    reason = ("config.model.awr.value_projection=True" if model.awr.value_projection else
+              f"config.model.refine={model.refine} on weights with config.model.backbone=stosa, which squares them")
+    raise ValueError(f"config.model.attention.implementation=fused cannot do {reason}; use auto or reference")
   if model.refine == "stochastic" and model.awr.correlation == "dot":
     raise ValueError("config.model.refine=stochastic is the Wasserstein correlation; for dot use "
                      "config.model.refine=simple")

@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.layers = 1
   config.model.heads = 4
   config.model.dropout = 0.2
-  config.model.attention_dropout = 0.5
+  config.model.attention.dropout = 0.5
   config.model.refine = "none"
   config.model.awr.rank = 16  # the width of a head
   config.loss.name = "bpr"

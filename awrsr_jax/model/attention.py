@@ -1,13 +1,24 @@
-"""Masked attention with its weights in memory: the reference path.
+"""Masked attention: with its weights in memory (the reference), and in blocks of rows that never are all there.
 
 Shapes: B batch, H heads, L length, h head width. Query i may look at key j when j is real and j <= i; a row without
 any such key (padding) gets all-zero weights, never NaN.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 HIDDEN = -1e30  # a score that no real score reaches, and exp() turns into exactly 0
+BLOCK = 64  # rows of weights at a time
+STAIRS = 8  # the most programs of one pass: each looks at as many keys as its newest row may
+
+
+def split_heads(x_BxLxD: jax.Array, heads: int) -> jax.Array:
+  """Returns (B, L, H, h)."""
+  return x_BxLxD.reshape(*x_BxLxD.shape[:-1], heads, x_BxLxD.shape[-1] // heads)
 
 
 def causal_mask(real_BxL: jax.Array) -> jax.Array:
@@ -39,3 +50,53 @@ def dot_scores(q_BxLxHxh: jax.Array, k_BxLxHxh: jax.Array) -> jax.Array:
 def attend(weights_BxHxLxL: jax.Array, v_BxLxHxh: jax.Array) -> jax.Array:
   """Returns (B, L, H, h): values summed by attention weights, in the dtype of the values."""
   return jnp.einsum("bhij,bjhd->bihd", weights_BxHxLxL.astype(v_BxLxHxh.dtype), v_BxLxHxh)
+
+
+def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.Array,
+                     read: Callable[[jax.Array, jax.Array], Any], precision: str | None = None) -> Any:
+  """Reads weights A = softmax_M(Q K^T) a block of rows at a time, in memory that grows with L, not with its square.
+
+  The keys that no row of a block may look at are left out, which saves up to half of the work. Where there are several
+  blocks, the backward pass makes their weights again.
+
+  Args:
+    q_HxBxLxE, k_HxBxLxE: whose products are the scores; E need not be h.
+    real_BxL: which positions are real.
+    read: (weights_HxBxbxK float32, rows_b) -> tree of (H, B, b, ...), what is wanted of the rows with these numbers;
+      their weights beyond the first K keys are 0.
+    precision: of the scores.
+
+  Returns:
+    The tree, its leaves (H, B, L, ...).
+  """
+  length = q_HxBxLxE.shape[2]
+  blocks = -(-length // BLOCK)
+  size, per_stair = -(-length // blocks), -(-blocks // STAIRS)
+
+  def block(keys: int, q_HxBxbxE: jax.Array, first: jax.Array) -> Any:
+    rows = first + jnp.arange(size)
+    mask = (real_BxL[:, None, :keys] & (jnp.arange(keys) <= rows[:, None])[None])[None]
+    scores = jnp.einsum("hbie,hbje->hbij", q_HxBxbxE, k_HxBxLxE[:, :, :keys], precision=precision,
+                        preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, HIDDEN)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    exps = jnp.exp(scores - top)
+    return read(exps * jnp.where(top > HIDDEN, 1 / jnp.sum(exps, axis=-1, keepdims=True), 0), rows)
+
+  if blocks == 1:
+    return block(length, q_HxBxLxE, 0)
+  tail = -length % (size * per_stair)
+  q_HxBxLxE = jnp.pad(q_HxBxLxE, [(0, 0), (0, 0), (0, tail), (0, 0)])
+  results = []
+  for start in range(0, length, size * per_stair):
+    again = jax.checkpoint(functools.partial(block, min(start + size * per_stair, length)))
+    stair = q_HxBxLxE[:, :, start:start + size * per_stair]
+    if per_stair == 1:
+      results.append(again(stair, start))
+      continue
+    cut = jnp.moveaxis(stair.reshape(*stair.shape[:2], per_stair, size, -1), 2, 0)
+    _, stacked = jax.lax.scan(lambda _, x: (None, again(*x)), None,  # noqa: B023 (run at once)
+                              (cut, start + size * jnp.arange(per_stair)))
+    results.append(jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]), stacked))
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2)[:, :, :length], *results)

@@ -1,4 +1,4 @@
-"""The parts of a backbone: dropout, item and position embedding, attention with refinement, feed-forward, block.
+"""The parts of a backbone: item and position embedding, attention with refinement, feed-forward, block.
 
 Shapes: B batch, L length of this batch, n longest length, D width, H heads, h = D / H; real_BxL is True on real items.
 """
@@ -10,36 +10,23 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from awrsr_jax.model.attention import attend, causal_mask, dot_scores
+from awrsr_jax.model.attention import attend, causal_mask, dot_scores, split_heads
+from awrsr_jax.model.dropout import draw_drop, dropout
 from awrsr_jax.model.refine import Refinement
 
 xavier = nn.initializers.xavier_normal()
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "elu": nn.elu}
 
 
-def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
-  """Zeroes entries with probability `rate` (to 1/256) and scales the others so that the mean stays.
-
-  One random byte an entry, cut out of 32-bit words: a quarter of the random numbers, which on a CPU are the larger
-  part of a training step. Words are drawn by position, so the result does not depend on how x is sharded.
-
-  Args:
-    module: whose "dropout" stream gives the key.
-    x: any shape.
-    rate: in [0, 1).
-    train: False returns x.
-  """
-  dropped = min(round(rate * 256), 255)
-  if not train or dropped == 0:
-    return x
-  words = jax.random.bits(module.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
-  as_bytes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., :x.shape[-1]]
-  return jnp.where(as_bytes >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
-
-
-def attention_dropout(model: Any) -> float:
+def attention_rate(model: Any) -> float:
   """Returns the rate that attention weights are dropped at."""
-  return model.dropout if model.attention_dropout is None else model.attention_dropout
+  return model.dropout if model.attention.dropout is None else model.attention.dropout
+
+
+def in_blocks(module: nn.Module, implementation: str, refusal: str) -> bool:
+  """Whether attention runs in blocks: not where it cannot (`refusal` says why), nor where maps are asked for."""
+  wants_maps = module.is_mutable_collection("intermediates")
+  return implementation != "reference" and not refusal and not wants_maps
 
 
 class Embedding(nn.Module):
@@ -69,11 +56,6 @@ class Embedding(nn.Module):
     return dropout(self, x_BxLxD, self.dropout, train) * (inputs_BxL > 0)[..., None]
 
 
-def split_heads(x_BxLxD: jax.Array, heads: int) -> jax.Array:
-  """Returns (B, L, H, h)."""
-  return x_BxLxD.reshape(*x_BxLxD.shape[:-1], heads, x_BxLxD.shape[-1] // heads)
-
-
 class SelfAttention(nn.Module):
   """Multi-head causal self-attention whose weights pass through a refinement."""
 
@@ -81,6 +63,7 @@ class SelfAttention(nn.Module):
   dropout: float
   dtype: Any
   refinement: Refinement
+  implementation: str  # auto, reference or fused
 
   @nn.compact
   def __call__(self, query_BxLxD: jax.Array, x_BxLxD: jax.Array, real_BxL: jax.Array, train: bool) -> jax.Array:
@@ -88,8 +71,13 @@ class SelfAttention(nn.Module):
     width = x_BxLxD.shape[-1]
     q, k, v = (split_heads(nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name=name)(x), self.heads)
                for name, x in (("query", query_BxLxD), ("key", x_BxLxD), ("value", x_BxLxD)))
-    weights_BxHxLxL = self.refinement(dot_scores(q, k), causal_mask(real_BxL))
-    out_BxLxHxh = attend(dropout(self, weights_BxHxLxL, self.dropout, train), v)
+    drop = draw_drop(self, self.dropout, train)
+    if in_blocks(self, self.implementation, self.refinement.refuses_blocks(squares=False)):
+      q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q * q.shape[-1] ** -0.5, k, v))
+      out_BxLxHxh = jnp.moveaxis(self.refinement.attend(q, k, real_BxL, (v,), drop)[0], 0, 2)
+    else:
+      kept_BxHxLxL, _ = self.refinement.weights(dot_scores(q, k), causal_mask(real_BxL), drop)
+      out_BxLxHxh = attend(kept_BxHxLxL, v)
     return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name="out")(out_BxLxHxh.reshape(x_BxLxD.shape))
 
 

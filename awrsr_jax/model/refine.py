@@ -9,14 +9,17 @@ belongs to the column n-1-j steps before the END, so a batch of length L < n use
 left padding never matters.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from awrsr_jax.model.attention import masked_softmax
-from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein
+from awrsr_jax.model.attention import attend_in_blocks, masked_softmax
+from awrsr_jax.model.dropout import Drop, number_rows
+from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein, wasserstein_as_dot
 
 # preset -> how rows are compared, how the comparison becomes weights
 PRESETS = {
@@ -27,9 +30,15 @@ PRESETS = {
     "stochastic": ("wasserstein", "simple"),
 }
 
+# correlation -> the slot tables of one order
+ROLES = {"dot": ("query", "key"), "wasserstein": ("query_mean", "query_cov", "key_mean", "key_cov")}
+
 
 class Refinement(nn.Module):
-  """scores -> refined attention weights; `combine=None` is softmax itself.
+  """First-order scores -> refined attention; `combine=None` is plain attention.
+
+  Two ways to the same numbers: `weights` keeps L x L matrices, for every option and for maps; `attend` is two passes of
+  attention in blocks, because A W is attention with a slot table as values, and (P A) V = P (A V).
 
   Attributes:
     combine: None, "simple", "value" or "additive".
@@ -51,55 +60,161 @@ class Refinement(nn.Module):
   additive_on: str = "scores"
   value_projection: bool = False
 
-  @nn.compact
+  def setup(self) -> None:
+    orders = range(1, self.order + 1) if self.combine else ()
+    table = nn.initializers.xavier_normal(batch_axis=0)
+    shape = (1 if self.share_heads else self.heads, self.max_length, self.rank)
+    self.tables = [[self.param(f"order{order}_{role}", table, shape) for role in ROLES[self.correlation]]
+                   for order in orders]
+    if self._mixes and self.combine == "additive":
+      self.gates = [self.param(f"order{order}_gate", nn.initializers.zeros, (1, self.heads, 1, 1)) for order in orders]
+    if self.value_projection:
+      identity = lambda key, shape: jnp.broadcast_to(jnp.eye(shape[-1]), shape)  # noqa: E731
+      self.projections = [self.param(f"order{order}_value", identity, (self.heads, self.max_length, self.max_length))
+                          for order in orders]
+
+  @property
+  def _mixes(self) -> bool:
+    """Whether refined weights are sums of products of softmaxes, and not one softmax."""
+    return self.combine == "value" or (self.combine == "additive" and self.additive_on == "weights")
+
+  def refuses_blocks(self, squares: bool) -> str:
+    """Returns why `attend` cannot stand for `weights`, or "". `squares`: values are summed by squared weights too."""
+    if self.value_projection:
+      return "a value projection needs the whole matrix"
+    return "the square of a sum of products does not factor" if squares and self._mixes else ""
+
   def __call__(self, scores_BxHxLxL: jax.Array, mask_Bx1xLxL: jax.Array) -> jax.Array:
-    """Returns weights_BxHxLxL, float32, exactly 0 outside the mask.
+    """Returns weights_BxHxLxL, float32, exactly 0 outside the mask."""
+    return self.weights(scores_BxHxLxL, mask_Bx1xLxL, None)[0]
+
+  def weights(self, scores_BxHxLxL: jax.Array, mask_Bx1xLxL: jax.Array, drop: Drop | None) -> tuple[jax.Array, jax.Array]:
+    """Refines weights in memory.
 
     Sows "first_order" and "refined" weights into the collection "intermediates".
+
+    Args:
+      scores_BxHxLxL: first order.
+      mask_Bx1xLxL: see causal_mask.
+      drop: falls on the last softmax, the one that the values meet.
+
+    Returns:
+      The refined weights with and without what is dropped, float32, exactly 0 outside the mask.
     """
     scores, mask = scores_BxHxLxL.astype(jnp.float32), mask_Bx1xLxL
+    batch, heads, length, _ = scores.shape
+    rows = number_rows((heads, batch, length)).swapaxes(0, 1)
+    dropped = lambda weights: weights if drop is None else drop(weights, rows)  # noqa: E731
     weights = masked_softmax(scores, mask)
+    kept = dropped(weights)
     self.sow("intermediates", "first_order", weights)
-    for order in range(self.order if self.combine else 0):
-      correlation = self._correlate(weights, f"order{order + 1}")
-      match self.combine, self.additive_on:
-        case "simple", _:
-          weights = masked_softmax(correlation, mask)
-        case "value", _:
-          weights = masked_softmax(correlation, mask) @ self._project(weights, mask, order + 1)
-        case "additive", "scores":
-          scores = scores + correlation
-          weights = masked_softmax(scores, mask)
-        case "additive", "weights":
-          gate = nn.sigmoid(self.param(f"order{order + 1}_gate", nn.initializers.zeros, (1, self.heads, 1, 1)))
-          weights = (1 - gate) * weights + gate * masked_softmax(correlation, mask)
+    for order, tables in enumerate(self.tables):
+      correlation = self._correlate(*(jnp.einsum("bhij,hjr->bhir", weights, self._slots(table, length))
+                                      for table in tables))
+      if not self._mixes:
+        scores = scores + correlation if self.combine == "additive" else correlation
+        weights = masked_softmax(scores, mask)
+        kept = dropped(weights)
+        continue
+      mixing, before = masked_softmax(correlation, mask), weights
+      if self.combine == "value":
+        before = self._project(before, mask, order)
+        weights, kept = mixing @ before, dropped(mixing) @ before
+      else:
+        gate = nn.sigmoid(self.gates[order])
+        weights, kept = ((1 - gate) * before + gate * mix for mix in (mixing, dropped(mixing)))
     self.sow("intermediates", "refined", weights)
-    return weights
+    return kept, weights
 
-  def _correlate(self, weights: jax.Array, name: str) -> jax.Array:
+  def attend(self, q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.Array, values: tuple[jax.Array, ...],
+             drop: Drop | None, square: Callable | None = None, precision: str | None = None) -> tuple[jax.Array, ...]:
+    """Sums values by refined weights, in memory that grows with L.
+
+    Args:
+      q_HxBxLxE, k_HxBxLxE: whose products are the first-order scores.
+      real_BxL: which positions are real.
+      values: (H, B, L, .) each; the first is summed by the weights.
+      drop: as in `weights`.
+      square: (kept weights, weights) -> what the second of the values is summed by.
+      precision: of first-order scores.
+
+    Returns:
+      The sums, in the shapes and dtypes of the values.
+    """
+    heads, batch, length, _ = q_HxBxLxE.shape
+    first_rows = number_rows((heads, batch, 1)) * jnp.uint32(length)  # in the numbering of `weights`
+    dropped = lambda weights, rows: (  # noqa: E731
+        weights if drop is None else drop(weights, first_rows + rows.astype(jnp.uint32)))
+    sum_by = lambda weights, x: jnp.einsum(  # noqa: E731
+        "hbij,hbjd->hbid", weights.astype(x.dtype), x[:, :, :weights.shape[-1]])
+
+    def sum_values(weights: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
+      kept = dropped(weights, rows)
+      return tuple(map(sum_by, (kept, square(kept, weights)) if square else (kept,), values))
+
+    def sum_tables(weights: jax.Array, orders: slice = slice(None)) -> list[list[jax.Array]]:
+      return [[jnp.einsum("hbij,hjr->hbir", weights, self._slots(table, length)[:, :weights.shape[-1]])
+               for table in tables] for tables in self.tables[orders]]
+
+    read = functools.partial(attend_in_blocks, real_BxL=real_BxL,
+                             precision="highest" if self.correlation == "wasserstein" else precision)
+    q, k = q_HxBxLxE, k_HxBxLxE
+    if not self._mixes:
+      for order in range(len(self.tables)):
+        features, = read(q, k, read=lambda weights, _: sum_tables(weights, slice(order, order + 1)))  # noqa: B023
+        query, key = self._as_dot(*features)
+        q, k = ((jnp.concatenate(pair, axis=-1) for pair in ((q, query), (k, key)))
+                if self.combine == "additive" else (query, key))
+      return read(q, k, read=sum_values)
+
+    def sum_all(weights: jax.Array, kept: jax.Array, orders: slice) -> tuple[jax.Array, list[list[jax.Array]]]:
+      return sum_by(kept, values[0]), sum_tables(weights, orders)
+
+    # A [V, W]: values and the tables of all orders side by side.
+    value, tables = read(q, k, read=lambda weights, _: sum_all(weights, weights, slice(None)))
+    for order in range(len(self.tables)):
+      (features, *tables), later = tables, slice(order + 1, None)
+      query, key = self._as_dot(*features)
+      before = value, tables
+      keep = dropped if order + 1 == len(self.tables) else lambda weights, _: weights
+      if self.combine == "value":  # (P A) [V, W] = P (A [V, W])
+        value, tables = read(query, key, read=lambda weights, rows: jax.tree.map(
+            functools.partial(sum_by, keep(weights, rows)), before))  # noqa: B023 (read at once)
+      else:  # (1 - g) A [V, W] + g P [V, W]
+        gate = nn.sigmoid(self.gates[order]).swapaxes(0, 1)
+        mixed = read(query, key, read=lambda weights, rows: sum_all(
+            weights, keep(weights, rows), later))  # noqa: B023
+        value, tables = jax.tree.map(lambda old, new: ((1 - gate) * old + gate * new).astype(old.dtype),  # noqa: B023
+                                     before, mixed)
+    return (value,)
+
+  def _correlate(self, *features: jax.Array) -> jax.Array:
     """Returns S'_BxHxLxL: how alike the rows of an attention matrix are in the learned correlation space."""
     if self.correlation == "dot":
-      query, key = (self._features(weights, f"{name}_{role}") for role in ("query", "key"))
-      return jnp.einsum("bhir,bhjr->bhij", query, key) * self.rank ** -0.5
-    mean_q, cov_q, mean_k, cov_k = (self._features(weights, f"{name}_{role}") for role in (
-        "query_mean", "query_cov", "key_mean", "key_cov"))
+      return jnp.einsum("bhir,bhjr->bhij", *features) * self.rank ** -0.5
+    mean_q, cov_q, mean_k, cov_k = features
     return -pairwise_wasserstein(mean_q, covariance(cov_q), mean_k, covariance(cov_k)) * self.rank ** -0.5
 
-  def _features(self, weights: jax.Array, name: str) -> jax.Array:
-    """Returns A W_BxHxLxr: the features of every row of A, W a slot table."""
-    heads = 1 if self.share_heads else self.heads
-    table = self.param(name, nn.initializers.xavier_normal(batch_axis=0), (heads, self.max_length, self.rank))
-    table = jnp.broadcast_to(table[:, self.max_length - weights.shape[-1]:], (self.heads, weights.shape[-1], self.rank))
-    return jnp.einsum("bhij,hjr->bhir", weights, table)
+  def _as_dot(self, *features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns queries and keys whose products are S', but for a constant of each row."""
+    if self.correlation == "dot":
+      query, key = features
+    else:
+      mean_q, cov_q, mean_k, cov_k = features
+      query, key = wasserstein_as_dot(mean_q, covariance(cov_q), mean_k, covariance(cov_k))
+    return query * self.rank ** -0.5, key
+
+  def _slots(self, table: jax.Array, length: int) -> jax.Array:
+    """Returns the rows of a slot table that a batch of this length uses, (H, L, r)."""
+    return jnp.broadcast_to(table[:, self.max_length - length:], (self.heads, length, self.rank))
 
   def _project(self, weights: jax.Array, mask: jax.Array, order: int) -> jax.Array:
     """Returns A Wv within the mask, or A where there is no value projection."""
     if not self.value_projection:
       return weights
-    identity = lambda key, shape: jnp.broadcast_to(jnp.eye(shape[-1]), shape)  # noqa: E731
-    table = self.param(f"order{order}_value", identity, (self.heads, self.max_length, self.max_length))
     unused = self.max_length - weights.shape[-1]
-    return jnp.where(mask, jnp.einsum("bhij,hjk->bhik", weights, table[:, unused:, unused:]), 0.0)
+    table = self.projections[order][:, unused:, unused:]
+    return jnp.where(mask, jnp.einsum("bhij,hjk->bhik", weights, table), 0.0)
 
 
 def build_refinement(model: Any, max_length: int, name: str | None = None) -> Refinement:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention, attention_dropout
+from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention, attention_rate
 from awrsr_jax.model.hidden import Backbone, Hidden, table_rows
 from awrsr_jax.model.refine import build_refinement
 
@@ -21,8 +21,8 @@ class SASRec(Backbone):
     self.embedding = Embedding(rows, self.max_length, model.width, model.dropout, dtype, scale=model.width ** 0.5)
     block = nn.remat(Block, static_argnums=(3,)) if model.remat else Block  # 3 is `train`
     self.blocks = [
-        block(attention=SelfAttention(model.heads, attention_dropout(model), dtype,
-                                      build_refinement(model, self.max_length)),
+        block(attention=SelfAttention(model.heads, attention_rate(model), dtype,
+                                      build_refinement(model, self.max_length), model.attention.implementation),
               feed_forward=FeedForward(model.ffn_width, model.activation, model.dropout, dtype), norm=model.norm)
         for _ in range(model.layers)]
     self.norm_out = nn.LayerNorm() if model.norm != "post" else lambda x: x  # post-norm blocks end normalised

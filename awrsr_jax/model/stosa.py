@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from awrsr_jax.model.attention import attend, causal_mask
-from awrsr_jax.model.blocks import Embedding, FeedForward, attention_dropout, dropout, split_heads
-from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein, wasserstein
+from awrsr_jax.model.attention import attend, causal_mask, split_heads
+from awrsr_jax.model.blocks import Embedding, FeedForward, attention_rate, in_blocks
+from awrsr_jax.model.dropout import draw_drop, dropout
+from awrsr_jax.model.gaussian import covariance, pairwise_wasserstein, wasserstein, wasserstein_as_dot
 from awrsr_jax.model.hidden import Backbone, Hidden, table_rows
 from awrsr_jax.model.refine import Refinement, build_refinement
 
@@ -38,6 +39,7 @@ class GaussianSelfAttention(nn.Module):
   dropout_out: float
   dtype: Any
   refinement: Refinement
+  implementation: str  # auto, reference or fused
   faithful: bool
 
   @nn.compact
@@ -49,13 +51,18 @@ class GaussianSelfAttention(nn.Module):
     (mean_q, cov_q), (mean_k, cov_k), (mean_v, cov_v) = (
         (split_heads(dense(f"{role}_mean", mean), self.heads),
          split_heads(covariance(dense(f"{role}_cov", cov)), self.heads)) for role, (mean, cov) in inputs.items())
-    distances_BxHxLxL = pairwise_wasserstein(*(jnp.moveaxis(x, 2, 1) for x in (mean_q, cov_q, mean_k, cov_k)))
-    scores_BxHxLxL = -distances_BxHxLxL * (width // self.heads) ** -0.5
-    weights = self.refinement(scores_BxHxLxL, causal_mask(real_BxL))
-    dropped = dropout(self, weights, self.dropout, train)
-    squares = dropped * (dropped if self.faithful else weights)
-    outs = (dense("out_mean", attend(dropped, mean_v).reshape(query[0].shape)),
-            dense("out_cov", attend(squares, cov_v).reshape(query[0].shape)))
+    scale, drop = (width // self.heads) ** -0.5, draw_drop(self, self.dropout, train)
+    square = lambda kept, weights: kept * (kept if self.faithful else weights)  # noqa: E731
+    if in_blocks(self, self.implementation, self.refinement.refuses_blocks(squares=True)):
+      q, k = wasserstein_as_dot(*(jnp.moveaxis(x, 2, 0) for x in (mean_q, cov_q, mean_k, cov_k)))
+      values = tuple(jnp.moveaxis(x, 2, 0) for x in (mean_v, cov_v))
+      outs = self.refinement.attend(q * scale, k, real_BxL, values, drop, square, precision="highest")
+      mean, cov = (jnp.moveaxis(out, 0, 2) for out in outs)
+    else:
+      distances_BxHxLxL = pairwise_wasserstein(*(jnp.moveaxis(x, 2, 1) for x in (mean_q, cov_q, mean_k, cov_k)))
+      kept, weights = self.refinement.weights(-distances_BxHxLxL * scale, causal_mask(real_BxL), drop)
+      mean, cov = attend(kept, mean_v), attend(square(kept, weights), cov_v)
+    outs = (dense("out_mean", mean.reshape(query[0].shape)), dense("out_cov", cov.reshape(query[0].shape)))
     return tuple(dropout(self, out, self.dropout_out, train) for out in outs)
 
 
@@ -131,8 +138,9 @@ class STOSA(Backbone):
     block = nn.remat(GaussianBlock, static_argnums=(3,)) if model.remat else GaussianBlock  # 3 is `train`
     self.blocks = [
         block(
-            attention=GaussianSelfAttention(model.heads, attention_dropout(model), model.dropout, dtype,
-                                            build_refinement(model, self.max_length), model.faithful),
+            attention=GaussianSelfAttention(model.heads, attention_rate(model), model.dropout, dtype,
+                                            build_refinement(model, self.max_length), model.attention.implementation,
+                                            model.faithful),
             feed_forward_mean=feed_forward(), feed_forward_cov=feed_forward(), norm=model.norm,
             faithful=model.faithful)
         for _ in range(model.layers)]
