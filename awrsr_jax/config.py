@@ -18,6 +18,7 @@ LOSSES = (*PER_POSITION, "softmax", "sampled_softmax")
 CHOICES = {
     "data.format": ("auto", "sequences", "pairs", "movielens", "tfds", "synthetic"),
     "data.long_history": ("newest", "windows"),
+    "data.feed": ("auto", "device", "host"),
     "model.backbone": ("sasrec", "stosa"),
     "model.norm": ("pre", "post", "query"),
     "model.activation": ("relu", "gelu", "elu"),
@@ -43,6 +44,7 @@ BOUNDS = {
     "model.table_multiple": (1, True), "model.awr.rank": (1, True), "model.awr.order": (1, True),
     "loss.num_negatives": (1, True), "loss.gbce_t": (0, True), "loss.pvn_weight": (0, True),
     "train.epochs": (1, True), "train.batch_size": (1, True), "train.accumulate": (1, True),
+    "train.steps_per_call": (1, True),
     "train.learning_rate": (0, False), "train.weight_decay": (0, True), "train.warmup_steps": (0, True),
     "train.clip_norm": (0, False),
     "train.patience": (1, True), "train.log_every": (1, True), "train.beta1": (0, True), "train.beta2": (0, True),
@@ -64,6 +66,7 @@ def default() -> ml_collections.ConfigDict:
   data.max_length = 50  # n: the longest input the model sees
   data.long_history = "newest"  # histories longer than n: the newest n | windows (consecutive, all trained on)
   data.buckets = 4  # static batch lengths, placed where they save the most padding
+  data.feed = "auto"  # device (the corpus lives there) | host (batches are sent) | auto: device up to 1 GiB
   data.tfds = ml_collections.ConfigDict()  # where a TFDS data set keeps what a recommender needs
   data.tfds.name = ""  # as in tfds.builder: "movielens/100k-ratings"
   data.tfds.split = "train"
@@ -114,6 +117,7 @@ def default() -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.epochs = 100
   train.batch_size = 128  # sequences in a global batch
+  train.steps_per_call = config_dict.placeholder(int)  # with data.feed on the device; None: 1 on CPUs, else 16
   train.accumulate = 1  # pieces that a batch is worked through in, one after another: less memory, the same update
   train.optimizer = "adam"  # adam | adamw
   train.learning_rate = 1e-3

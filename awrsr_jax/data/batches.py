@@ -78,11 +78,14 @@ def plan_buckets(lengths: np.ndarray, count: int) -> tuple[int, ...]:
   return tuple(int(grid[j]) for j in chosen[-1])
 
 
-def gather_rows(items: np.ndarray, starts: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
-  """Returns (B, length) int32: items[start:end] of each row, its newest `length`, left-padded with 0."""
-  position = ends[:, None] - length + np.arange(length)
+def gather_rows(items: Any, starts: Any, ends: Any, length: int, xp: Any = np) -> Any:
+  """Returns (B, length) int32: items[start:end] of each row, its newest `length`, left-padded with 0.
+
+  `xp` is the library of the arrays: numpy on the host, jax.numpy on the devices.
+  """
+  position = ends[:, None] - length + xp.arange(length)[None]
   real = position >= starts[:, None]
-  return np.where(real, items[np.where(real, position, 0)], 0).astype(np.int32)
+  return xp.where(real, items[xp.where(real, position, 0)], 0).astype(np.int32)
 
 
 def take_parts(x: np.ndarray, batch_size: int, parts: Parts) -> np.ndarray:
@@ -130,6 +133,14 @@ class TrainBatches:
     rows = rng.permutation(len(self.starts))
     rows = rows[np.argsort(self._bucket_of_row[rows], kind="stable")]
     return rows, rng.permutation(self.steps_per_epoch)
+
+  def epoch_bounds(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns starts (T, B) and ends (T, B) of the rows of every global batch of an epoch, and its bucket (T,)."""
+    rows, order = self._epoch(epoch)
+    fill = self.steps_per_epoch * self.batch_size - len(rows)
+    starts, ends = (np.pad(x[rows], (0, fill)).reshape(-1, self.batch_size)[order] for x in (self.starts, self.ends))
+    newest = np.minimum((order + 1) * self.batch_size, len(rows)) - 1  # the longest row of each batch is its last
+    return starts, ends, self._bucket_of_row[rows[newest]]
 
   def __len__(self) -> int:
     return self.epochs * self.steps_per_epoch
@@ -191,8 +202,7 @@ class RankingBatches:
   def __iter__(self) -> Iterator[Batch]:
     for batch in range(len(self)):
       users = self.users[batch * self.batch_size:(batch + 1) * self.batch_size]
-      seen_length = self._seen_length(users)
-      length = min(seen_length, self.max_length)
+      seen_length, length = self._lengths(users)
       real = take_parts(np.ones(len(users), bool), self.batch_size, self.parts)
       users = take_parts(users, self.batch_size, self.parts)
       starts, targets = self.corpus.offsets[users], self.corpus.offsets[users + 1] - TARGET_FROM_END[self.split]
@@ -204,12 +214,23 @@ class RankingBatches:
         result["candidates"][real] = self._candidates(users[real])
       yield result
 
-  def _seen_length(self, users: np.ndarray) -> int:
-    """Returns S: the bucket of the longest history of the global batch; beyond n, n doubled as often as needed."""
+  def bounds(self) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """Returns starts (T, B) and ends (T, B) of the histories of every global batch, and its (S, L).
+
+    An end is where the target stands; where a batch is filled up, start and end are 0.
+    """
+    pad = lambda x: np.pad(x, (0, len(self) * self.batch_size - len(x))).reshape(-1, self.batch_size)  # noqa: E731
+    ends = self.corpus.offsets[self.users + 1] - TARGET_FROM_END[self.split]
+    lengths = [self._lengths(self.users[first:first + self.batch_size])
+               for first in range(0, len(self.users), self.batch_size)]
+    return pad(self.corpus.offsets[self.users]), pad(ends), lengths
+
+  def _lengths(self, users: np.ndarray) -> tuple[int, int]:
+    """Returns S and L of a global batch: S is its longest history's bucket; beyond n, n doubled as often as needed."""
     longest = int(history_lengths(self.corpus, self.split)[users[-1]])
     if longest <= self.buckets[-1]:
-      return self.buckets[np.searchsorted(self.buckets, longest)]
-    return self.max_length << int(np.ceil(np.log2(longest / self.max_length)))
+      return (self.buckets[np.searchsorted(self.buckets, longest)],) * 2
+    return self.max_length << int(np.ceil(np.log2(longest / self.max_length))), self.max_length
 
   @functools.cached_property
   def _cumulative(self) -> np.ndarray:

@@ -111,11 +111,13 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray], stop: bool = False) -> d
 
     return jax.make_array_from_callback((size * count, *rows.shape[1:]), split, take)
 
-  return {name: place(rows) for name, rows in batch.items()} | {"stop": _on_each_device(mesh, int(stop))}
+  return {name: place(rows) for name, rows in batch.items()} | {"stop": stop_flags(mesh, stop)}
 
 
 @functools.cache
-def _on_each_device(mesh: Mesh, value: int) -> jax.Array:
+def stop_flags(mesh: Mesh, stop: bool) -> jax.Array:
+  """Returns (data, model) int32: for each device, whether its process was told to stop."""
+  value = int(stop)
   place = NamedSharding(mesh, PartitionSpec("data", "model"))
   return jax.make_array_from_callback(mesh.devices.shape, place, lambda _: np.full((1, 1), value, np.int32))
 

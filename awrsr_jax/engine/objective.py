@@ -4,6 +4,7 @@ Shapes: B batch, L length, K negatives, I items. Only real targets (> 0) count.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,10 +66,10 @@ def count_real(targets_BxL: jax.Array) -> jax.Array:
 def full_softmax(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Any, targets_BxL: jax.Array) -> jax.Array:
   """Sums the cross entropy over all items, log sum exp(scores) - scores[target], over real targets.
 
-  Every device scores its own positions by its own rows of the catalogue, a chunk of positions at a time. What travels:
-  the maximum and the sums of each chunk over "model", and once a step the gradients, of hidden states over "model", of
-  rows over "data". Value and gradients are made in the same pass over the chunks, so that the [positions, items] scores
-  never exist as a whole, neither forward nor backward, and nothing is computed twice.
+  Every device gathers its own real positions and scores them by its own rows of the catalogue, a chunk of positions at
+  a time. What travels: the maximum and the sums of each chunk over "model", and once a step the gradients, of hidden
+  states over "model", of rows over "data". Value and gradients are made in the same pass over the chunks, so that the
+  [positions, items] scores never exist as a whole, neither forward nor backward, and nothing is computed twice.
 
   Args:
     backbone: for `score_rows` and `num_items`.
@@ -85,38 +86,48 @@ def full_softmax(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Any, t
 
 def _full_softmax_forward(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Any,
                           targets_BxL: jax.Array) -> tuple[jax.Array, Any]:
-  def add_up(x: Any, axis: str) -> Any:
-    return jax.lax.psum(x, axis) if mesh.shape[axis] > 1 else x
+  def over(axis: str, collective: Callable, x: Any) -> Any:
+    return collective(x, axis) if mesh.shape[axis] > 1 else x
 
   def on_a_device(catalogue: Any, hidden: Any, targets_BxL: jax.Array) -> tuple[jax.Array, Any, Any]:
     rows = len(jax.tree.leaves(catalogue)[0])
     first = jax.lax.axis_index("model") * rows
     positions = targets_BxL.size
     size = min(positions, CHUNK_POSITIONS, max(CHUNK_SCORES // rows, 1))
-    cut = lambda x: jnp.pad(x, [(0, -positions % size)] + [(0, 0)] * (x.ndim - 1)).reshape(  # noqa: E731
-        -1, size, *x.shape[1:])
-    chunks = jax.tree.map(lambda x: cut(x.reshape(positions, *x.shape[2:])), (hidden, targets_BxL))
+    chunks = -(-positions // size)
+    real_P, = jnp.nonzero(targets_BxL.reshape(-1), size=chunks * size, fill_value=positions)
+    targets_P = jnp.take(targets_BxL, real_P, mode="fill", fill_value=0)
+    hidden_P = jax.tree.map(lambda x: jnp.take(x.reshape(positions, -1), real_P, axis=0, mode="fill", fill_value=0),
+                            hidden)
+    wanted = -(-jnp.sum(targets_P > 0) // size)
+    if mesh.shape["model"] > 1:  # the chunks hold collectives: all devices go through as many
+      wanted = over("data", jax.lax.pmax, wanted)
 
-    def add_chunk(carry: Any, chunk: Any) -> tuple[Any, Any]:
-      loss, grad_catalogue = carry
-      hidden, targets = chunk
+    def add_chunk(chunk: jax.Array, carry: Any) -> Any:
+      loss, grad_catalogue, grad_hidden_P = carry
+      hidden, targets = jax.tree.map(
+          lambda x: jax.lax.dynamic_slice_in_dim(x, chunk * size, size), (hidden_P, targets_P))
       scores, pull = jax.vjp(lambda hidden, rows: hide_other_rows(backbone.score_rows(hidden, rows), first,
                                                                   backbone.num_items), hidden, catalogue)
-      top = jax.lax.pmax(jnp.max(scores, axis=1), "model")
+      top = over("model", jax.lax.pmax, jnp.max(scores, axis=1))
       exps = jnp.exp(scores - top[:, None])
-      is_target = first + jnp.arange(rows)[None] == targets[:, None]
-      total, positive = add_up((jnp.sum(exps, axis=1), jnp.sum(jnp.where(is_target, scores, 0), axis=1)), "model")
+      target_row = targets - first
+      positive = jnp.take_along_axis(scores, jnp.clip(target_row, 0, rows - 1)[:, None], axis=1)[:, 0]
+      here = (target_row >= 0) & (target_row < rows)
+      total, positive = over("model", jax.lax.psum, (jnp.sum(exps, axis=1), jnp.where(here, positive, 0)))
       real = targets > 0
       loss += jnp.sum(jnp.where(real, jnp.log(total) + top - positive, 0))
+      is_target = jnp.arange(rows)[None] == target_row[:, None]
       slope = jnp.where(real[:, None], exps / total[:, None] - is_target, 0)  # d loss / d scores
       grad_hidden, grad_rows = pull(slope)
-      return (loss, jax.tree.map(jnp.add, grad_catalogue, grad_rows)), grad_hidden
+      put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, chunk * size, 0)  # noqa: E731
+      return loss, jax.tree.map(jnp.add, grad_catalogue, grad_rows), jax.tree.map(put, grad_hidden_P, grad_hidden)
 
-    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, catalogue)
-    (loss, grad_catalogue), grad_hidden = jax.lax.scan(add_chunk, zero, chunks)
-    grad_hidden = jax.tree.map(lambda grad, x: grad.reshape(-1, x.shape[-1])[:positions].reshape(x.shape),
-                               grad_hidden, hidden)
-    return *add_up((loss, grad_catalogue), "data"), add_up(grad_hidden, "model")
+    zero = jnp.float32(0), *jax.tree.map(jnp.zeros_like, (catalogue, hidden_P))
+    loss, grad_catalogue, grad_hidden_P = jax.lax.fori_loop(0, wanted, add_chunk, zero)
+    grad_hidden = jax.tree.map(lambda grad, x: jnp.zeros((positions, x.shape[-1]), grad.dtype).at[real_P].set(
+        grad, mode="drop").reshape(x.shape), grad_hidden_P, hidden)
+    return (*over("data", jax.lax.psum, (loss, grad_catalogue)), over("model", jax.lax.psum, grad_hidden))
 
   model, data = PartitionSpec("model"), PartitionSpec("data")
   on_all = jax.shard_map(on_a_device, mesh=mesh, in_specs=(model, data, data), out_specs=(PartitionSpec(), model, data),

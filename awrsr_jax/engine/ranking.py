@@ -6,7 +6,7 @@ Shapes: B users, S padded history, C candidates, K block of items.
 """
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awrsr_jax.data.batches import RankingBatches
 from awrsr_jax.engine import processes
-from awrsr_jax.engine.mesh import to_global
+from awrsr_jax.engine.feed import Feed, build_rows, place_rows
+from awrsr_jax.engine.mesh import stop_flags, to_global
 from awrsr_jax.model.hidden import Hidden, hide_other_rows
 
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
@@ -37,8 +38,9 @@ def rank_among_all(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Hidd
   """Ranks each target among all items outside the history.
 
   Every device of the "model" axis scores the rows of the catalogue that it holds, a block at a time, and only scores of
-  targets and counts travel between devices. Two passes over the same blocks: the first reads the target's score, the
-  second compares all items with it. The same matrix product gives both, so that ties are not lost to rounding.
+  targets and counts travel between devices. The same matrix product gives the target's score and those it is compared
+  with, so that ties are not lost to rounding: one block is scored once, several are gone through twice, first for the
+  target's score and then to compare.
 
   Args:
     backbone: for `score_rows` and `num_items`.
@@ -58,7 +60,7 @@ def rank_among_all(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Hidd
     first_row = jax.lax.axis_index("model") * rows
     user = jnp.arange(len(target_B))
 
-    def score_block(start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def score_block(start: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
       """Returns (B, K) scores, their item numbers, and which of them no earlier block had (the last one overlaps)."""
       inside = jnp.minimum(start, rows - size)
       block = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, inside, size), catalogue)
@@ -66,28 +68,32 @@ def rank_among_all(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Hidd
       scores = hide_other_rows(backbone.score_rows(hidden, block), first_row + inside, backbone.num_items)
       return scores, item, item >= first_row + start
 
-    def read_target(target_score_B: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-      scores, item, _ = score_block(start)
+    only = score_block(0) if size == rows else None
+
+    def go_through(step: Callable, carry: Any) -> Any:
+      return step(carry, 0)[0] if only else jax.lax.scan(step, carry, starts)[0]
+
+    def read_target(target_score_B: jax.Array, start: int | jax.Array) -> tuple[jax.Array, None]:
+      scores, item, _ = only or score_block(start)
       here = (target_B >= item[0]) & (target_B <= item[-1])
       return jnp.where(here, scores[user, jnp.clip(target_B - item[0], 0, size - 1)], target_score_B), None
 
-    target_score_B, _ = jax.lax.scan(read_target, jnp.full(len(target_B), -jnp.inf), starts)
+    target_score_B = go_through(read_target, jnp.full(len(target_B), -jnp.inf))
     target_score_B = jax.lax.pmax(target_score_B, "model")
 
-    def compare(counts: tuple[jax.Array, jax.Array, jax.Array], start: jax.Array) -> tuple[Any, None]:
-      scores, item, new = score_block(start)
-      broken = jnp.any(jnp.isnan(scores), axis=1)
+    def compare(carry: tuple[jax.Array, jax.Array], start: int | jax.Array) -> tuple[Any, None]:
+      halves, broken = carry
+      scores, item, new = only or score_block(start)
+      broken |= jnp.any(jnp.isnan(scores), axis=1)
       column = jnp.where((seen_BxS >= item[0]) & (seen_BxS <= item[-1]), seen_BxS - item[0], size)
       scores = scores.at[user[:, None], column].set(-jnp.inf, mode="drop")
       rival = new[None] & (item[None] != target_B[:, None]) & (scores > -jnp.inf)
-      higher = jnp.sum(rival & (scores > target_score_B[:, None]), axis=1)
-      tied = jnp.sum(rival & (scores == target_score_B[:, None]), axis=1)
-      return (counts[0] + higher, counts[1] + tied, counts[2] + broken), None
+      above = (scores > target_score_B[:, None]).astype(jnp.int32) + (scores >= target_score_B[:, None])
+      return (halves + jnp.sum(jnp.where(rival, above, 0), axis=1), broken), None  # 2 if higher, 1 if tied
 
-    zeros = jnp.zeros(len(target_B), jnp.int32)
-    counts, _ = jax.lax.scan(compare, (zeros, zeros, zeros), starts)
-    higher, tied, broken = jax.lax.psum(counts, "model")
-    return jnp.where(broken > 0, jnp.nan, 1 + higher + tied / 2)
+    halves, broken = go_through(compare, (jnp.zeros(len(target_B), jnp.int32), jnp.zeros(len(target_B), bool)))
+    halves, broken = jax.lax.psum((halves, broken.astype(jnp.int32)), "model")
+    return jnp.where(broken > 0, jnp.nan, 1 + halves / 2)
 
   users = PartitionSpec("data")
   ranks = jax.shard_map(rank_rows, mesh=mesh, in_specs=(PartitionSpec("model"), users, users, users), out_specs=users,
@@ -106,8 +112,13 @@ def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, targ
 
 
 def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> Callable:
-  """Returns the jitted (params, ranking batch) -> ((B,) ranks, whether a process was told to stop), on all devices."""
-  def rank_step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """Returns the jitted (params, feed, lengths=None) -> ((B,) ranks, whether a process was told to stop), on all devices.
+
+  The feed is a ranking batch; or, where `lengths` (S, L) are given (static), row `index` of the users of a split and
+  the corpus that lives on the devices, see _resident_feeds.
+  """
+  def rank_step(params: Any, feed: Feed, lengths: tuple[int, int] | None = None) -> tuple[jax.Array, jax.Array]:
+    batch = feed if lengths is None else _build_batch(feed, *lengths, mesh)
     hidden = backbone.apply({"params": params}, batch["inputs"], method="encode").newest()
     if "candidates" in batch:
       ranks = rank_among_candidates(backbone, params, hidden, batch["target"], batch["candidates"])
@@ -115,11 +126,27 @@ def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> Callabl
       catalogue = backbone.apply({"params": params}, method="catalogue")
       ranks = rank_among_all(backbone, mesh, catalogue, hidden, batch["target"], batch["seen"], block_items)
     return ranks, jnp.max(batch["stop"])
-  return jax.jit(rank_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  return jax.jit(rank_step, static_argnames="lengths", out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _build_batch(feed: Feed, seen_length: int, length: int, mesh: Mesh) -> Feed:
+  """Returns a ranking batch of the full protocol, made on the devices."""
+  starts_B, ends_B = feed["starts"][feed["index"]], feed["ends"][feed["index"]]
+  seen_BxS = build_rows(feed["items"], starts_B, ends_B, seen_length, mesh)
+  return {"inputs": seen_BxS[:, -length:], "seen": seen_BxS, "stop": feed["stop"],
+          "target": jnp.where(ends_B > 0, feed["items"][ends_B], 0)}
+
+
+def _resident_feeds(mesh: Mesh, batches: RankingBatches, items: jax.Array) -> Iterator[tuple[Feed, tuple[int, int]]]:
+  """Yields what the rank step takes for each batch, apart from `stop`, and its lengths."""
+  starts, ends, lengths = batches.bounds()
+  feed = {"items": items, "starts": place_rows(mesh, starts), "ends": place_rows(mesh, ends)}
+  for index, of_batch in enumerate(lengths):
+    yield feed | {"index": np.int32(index)}, of_batch
 
 
 def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: Mesh,
-               told_to_stop: Callable[[], bool] = lambda: False) -> np.ndarray:
+               told_to_stop: Callable[[], bool] = lambda: False, items: jax.Array | None = None) -> np.ndarray:
   """Returns (U,) the rank of every user's target, in the order of `batches.users`: every user once.
 
   Args:
@@ -128,6 +155,7 @@ def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: 
     batches: of one split.
     mesh: where params live.
     told_to_stop: whether this process was.
+    items: the corpus, where it lives on the devices (feed.place_items): full ranking then sends no batch.
 
   Raises:
     Preempted: a process was told to stop.
@@ -141,8 +169,12 @@ def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: 
       raise processes.Preempted(f"while ranking the {batches.split} split")
     ranks.append(np.asarray(rank_B))
 
-  for batch in batches:
-    pending.append(rank_step(params, to_global(mesh, batch, told_to_stop())))
+  if items is not None and batches.protocol == "full":
+    feeds = _resident_feeds(mesh, batches, items)
+  else:
+    feeds = ((to_global(mesh, batch), None) for batch in batches)
+  for feed, lengths in feeds:
+    pending.append(rank_step(params, feed | {"stop": stop_flags(mesh, told_to_stop())}, lengths=lengths))
     if len(pending) > BATCHES_AHEAD:
       read_oldest()
   while pending:

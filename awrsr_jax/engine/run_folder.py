@@ -174,10 +174,10 @@ class MetricsWriter:
     self._shown: dict[str, str] = {}
     self._start, self._total, self._begin = start, total, time.monotonic()
 
-  def advance(self) -> None:
-    """Counts one step on the progress bar."""
+  def advance(self, step: int) -> None:
+    """Moves the progress bar on to a step."""
     if self._bar is not None:
-      self._bar.update()
+      self._bar.update(step - self._bar.n)
 
   def write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None:
     """Writes one line: what was measured on a split after a step."""
@@ -217,7 +217,7 @@ class MetricsWriter:
 class NoWriter:
   """The MetricsWriter of the other processes of a run: they write nothing."""
 
-  def advance(self) -> None: ...
+  def advance(self, step: int) -> None: ...
   def write(self, step: int, epoch: int, split: str, values: dict[str, float]) -> None: ...
   def sync(self) -> None: ...
   def close(self) -> None: ...

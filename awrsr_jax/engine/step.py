@@ -1,4 +1,4 @@
-"""The train step: one pure function of (state, batch), jitted once for each length of batches."""
+"""The train step: one pure function of (state, batch), compiled once for each length of batches."""
 
 import functools
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from awrsr_jax.engine.feed import Feed, build_batch
 from awrsr_jax.engine.objective import objective
 from awrsr_jax.engine.state import TrainState, Window, make_key
 
@@ -83,10 +84,30 @@ def accumulate(grad: Callable, params: Any, batch: dict[str, jax.Array], keys: d
 
 def make_train_step(backbone: nn.Module, mesh: Mesh, optimizer: optax.GradientTransformation, config: Any,
                     targets_per_step: float) -> Callable:
-  """Returns the jitted (state, batch, cumulative) -> (state, Report); the old state is given up."""
-  step = functools.partial(train_step, backbone=backbone, mesh=mesh, optimizer=optimizer, config=config,
-                           targets_per_step=targets_per_step)
+  """Returns the jitted (state, feed, cumulative, lengths=()) -> (state, Report); the old state is given up.
+
+  The feed is a batch; or, where `lengths` are given (static), an epoch that lives on the devices, see
+  feed.resident_calls: with one length, the step `first` of it; with more, `count` steps from there, each of one of them.
+  """
+  one_step = functools.partial(train_step, backbone=backbone, mesh=mesh, optimizer=optimizer, config=config,
+                               targets_per_step=targets_per_step)
+
+  def step(state: TrainState, feed: Feed, cumulative: jax.Array,
+           lengths: tuple[int, ...] = ()) -> tuple[TrainState, Report]:
+    def from_epoch(state: TrainState, index: jax.Array, length: int) -> tuple[TrainState, Report]:
+      return one_step(state, build_batch(feed, index, length, mesh) | {"stop": feed["stop"]}, cumulative)
+
+    match lengths:
+      case ():
+        return one_step(state, feed, cumulative)
+      case (length,):
+        return from_epoch(state, feed["first"], length)
+    of_length = [functools.partial(from_epoch, length=length) for length in lengths]
+    report = Report(state.window, state.bad_step, jnp.int32(0))
+    return jax.lax.fori_loop(feed["first"], feed["first"] + feed["count"], lambda index, carry: jax.lax.switch(
+        feed["bucket"][index], of_length, carry[0], index), (state, report))
+
   # XLA for the CPU would otherwise find what is made twice, and keep it the first time.
   options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
   is_undone = config.model.remat and mesh.devices.flat[0].platform == "cpu"
-  return jax.jit(step, donate_argnums=0, compiler_options=options if is_undone else None)
+  return jax.jit(step, donate_argnums=0, static_argnames="lengths", compiler_options=options if is_undone else None)

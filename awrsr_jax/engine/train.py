@@ -23,6 +23,7 @@ from awrsr_jax.config import finalize, walk
 from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as data_corpus
 from awrsr_jax.engine import checkpoint, memory, processes, ranking, run_folder
+from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import NO_STEP, TrainState, init_state, make_optimizer, make_schedule
 from awrsr_jax.engine.step import Report, make_train_step
@@ -44,6 +45,7 @@ class Job:
   optimizer: optax.GradientTransformation
   batches: data_batches.TrainBatches
   ranking: dict[str, data_batches.RankingBatches]
+  items: jax.Array | None  # the corpus on the devices, where it lives there
   train_step: Callable
   rank_step: Callable
 
@@ -59,6 +61,11 @@ class Job:
     """Whether validation is due after a step: every so many epochs, and at the end."""
     epoch, rest = divmod(step, self.batches.steps_per_epoch)
     return rest == 0 < step and (epoch % self.config.eval.every_epochs == 0 or step == self.total_steps)
+
+  def steps_to_pause(self, step: int) -> int:
+    """Returns how many steps may follow on a step before a line, a checkpoint or the end of an epoch is due."""
+    return min(every - step % every for every in (
+        self.config.train.log_every, self.config.checkpoint.every_steps, self.batches.steps_per_epoch))
 
 
 def make_job(config: Any) -> Job:
@@ -79,7 +86,8 @@ def make_job(config: Any) -> Job:
   processes.check_equal("corpus", data_corpus.describe(corpus))
   backbone = build_backbone(config, corpus.num_items)
   optimizer = make_optimizer(config.train, len(batches))
-  return Job(config, corpus, mesh, backbone, optimizer, batches, ranked,
+  items = feeds.place_items(mesh, corpus.items) if feeds.is_resident(config, batches) else None
+  return Job(config, corpus, mesh, backbone, optimizer, batches, ranked, items,
              make_train_step(backbone, mesh, optimizer, config, batches.targets_per_step),
              ranking.make_rank_step(backbone, mesh, config.eval.block_items))
 
@@ -170,19 +178,25 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
   cumulative = meshes.replicate(job.mesh, np.cumsum(data_batches.training_counts(job.corpus)[1:], dtype=np.int32))
   writer = run_folder.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else run_folder.NoWriter()
   line = Line(job, writer)
-  batches = data_batches.stream(job.batches, step)
+  if job.items is None:
+    calls = feeds.streamed_calls(job.mesh, job.batches, step)
+  else:
+    calls = feeds.resident_calls(job.mesh, job.batches, job.items, step, feeds.steps_per_call(config, job.mesh),
+                                 job.steps_to_pause)
   while True:
     if job.evaluates(step):
-      ranks = ranking.rank_users(job.rank_step, state.params, job.ranking["valid"], job.mesh, told_to_stop)
+      ranks = ranking.rank_users(job.rank_step, state.params, job.ranking["valid"], job.mesh, told_to_stop, job.items)
       metrics = processes.from_first(ranking.summarize(ranks))
       writer.write(step, job.epoch(step), "valid", metrics)
       record = note_evaluation(record, step, metrics[CHOSEN_BY])
       line.restart_clock()
     if step == job.total_steps or is_over(config, record):
       break
-    state, report = job.train_step(state, meshes.to_global(job.mesh, next(batches), told_to_stop()), cumulative)
-    step += 1
-    stop = line.flush()  # of the step before, while this one runs
+    call = next(calls)
+    feed = call.feed | {"stop": meshes.stop_flags(job.mesh, told_to_stop())}
+    state, report = job.train_step(state, feed, cumulative, lengths=call.lengths)
+    step += call.steps
+    stop = line.flush()  # of the call before, while this one runs
     line.put(step, report)
     if not (stop or job.evaluates(step) or step % config.checkpoint.every_steps == 0):
       continue
@@ -227,7 +241,7 @@ class Line:
     if self._waiting is None:
       return False
     (step, report), self._waiting = self._waiting, None
-    self._writer.advance()
+    self._writer.advance(step)
     bad_step, stop = int(report.bad_step), int(report.stop) > 0
     if bad_step != NO_STEP:
       raise FloatingPointError(
@@ -280,8 +294,8 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
     raise ValueError(
         f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be "
         f"read: {error}. Bring that folder back, or train again in another --workdir") from error
-  splits = {split: ranking.summarize(ranking.rank_users(job.rank_step, best.params, batches, job.mesh, told_to_stop))
-            for split, batches in job.ranking.items()}
+  splits = {split: ranking.summarize(ranking.rank_users(
+      job.rank_step, best.params, batches, job.mesh, told_to_stop, job.items)) for split, batches in job.ranking.items()}
   result = {
       **{split: splits[split] for split in ("test", "valid")},
       "protocol": ranking.describe_protocol(job.config.eval.protocol),

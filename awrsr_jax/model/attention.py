@@ -79,9 +79,8 @@ def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
     scores = jnp.einsum("hbie,hbje->hbij", q_HxBxbxE, k_HxBxLxE[:, :, :keys], precision=precision,
                         preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, HIDDEN)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    exps = jnp.exp(scores - top)
-    return read(exps * jnp.where(top > HIDDEN, 1 / jnp.sum(exps, axis=-1, keepdims=True), 0), rows)
+    has_key = jnp.any(mask, axis=-1, keepdims=True)
+    return read(jnp.where(has_key, jax.nn.softmax(scores, axis=-1), 0), rows)
 
   if blocks == 1:
     return block(length, q_HxBxLxE, 0)

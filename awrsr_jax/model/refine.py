@@ -152,9 +152,13 @@ class Refinement(nn.Module):
       kept = dropped(weights, rows)
       return tuple(map(sum_by, (kept, square(kept, weights)) if square else (kept,), values))
 
-    def sum_tables(weights: jax.Array, orders: slice = slice(None)) -> list[list[jax.Array]]:
-      return [[jnp.einsum("hbij,hjr->hbir", weights, self._slots(table, length)[:, :weights.shape[-1]])
-               for table in tables] for tables in self.tables[orders]]
+    def sum_tables(weights: jax.Array, orders: slice) -> list[list[jax.Array]]:
+      tables = self.tables[orders]
+      if not tables:
+        return []
+      side_by_side = jnp.concatenate([self._slots(x, length) for x in jax.tree.leaves(tables)], axis=-1)
+      sums = jnp.einsum("hbij,hjr->hbir", weights, side_by_side[:, :weights.shape[-1]])
+      return jax.tree.unflatten(jax.tree.structure(tables), jnp.split(sums, sums.shape[-1] // self.rank, axis=-1))
 
     read = functools.partial(attend_in_blocks, real_BxL=real_BxL,
                              precision="highest" if self.correlation == "wasserstein" else precision)

@@ -1,0 +1,105 @@
+"""How batches reach the devices: built there from a corpus that lives on them, or built on the host and sent.
+
+Both give the same batches, functions of (seed, step). Shapes: N interactions, T steps of an epoch, B rows, L length.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from awrsr_jax.data import batches as data_batches
+from awrsr_jax.engine import mesh as meshes
+
+RESIDENT_BYTES = 1 << 30  # the largest corpus that goes onto every device by itself
+STEPS_PER_CALL = 16  # on accelerators, where a step may take less than calling it
+
+Feed = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """The next call of the train step.
+
+  Attributes:
+    lengths: padded lengths that its batches may have, a static argument; () where the feed is the batch itself.
+    feed: what it takes, apart from `stop`.
+    steps: how many steps it makes.
+  """
+
+  lengths: tuple[int, ...]
+  feed: Feed
+  steps: int
+
+
+def is_resident(config: Any, batches: data_batches.TrainBatches) -> bool:
+  """Whether the corpus lives on the devices."""
+  numbers = len(batches.items) + 2 * len(batches.starts)
+  return {"device": True, "host": False, "auto": 4 * numbers <= RESIDENT_BYTES}[config.data.feed]
+
+
+def steps_per_call(config: Any, mesh: Mesh) -> int:
+  """Returns the most steps of one call."""
+  if config.train.steps_per_call is not None:
+    return config.train.steps_per_call
+  return 1 if mesh.devices.flat[0].platform == "cpu" else STEPS_PER_CALL
+
+
+def build_rows(items: jax.Array, starts_B: jax.Array, ends_B: jax.Array, length: int, mesh: Mesh) -> jax.Array:
+  """Returns rows_BxL as gather_rows does, made where they are wanted."""
+  rows = data_batches.gather_rows(items, starts_B, ends_B, length, jnp)
+  return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def build_batch(feed: Feed, index: jax.Array, length: int, mesh: Mesh) -> Feed:
+  """Returns inputs_BxL and targets_BxL of one step of an epoch that lives on the devices."""
+  starts_B, ends_B = feed["starts"][index], feed["ends"][index]
+  return {"inputs": build_rows(feed["items"], starts_B, ends_B - 1, length, mesh),
+          "targets": build_rows(feed["items"], starts_B + 1, ends_B, length, mesh)}
+
+
+def place_items(mesh: Mesh, items: np.ndarray) -> jax.Array:
+  """Returns the corpus on every device."""
+  return meshes.replicate(mesh, items)
+
+
+def place_rows(mesh: Mesh, rows_TxB: np.ndarray) -> jax.Array:
+  """Returns (T, B) int32 on the devices, B split as in a batch; every process has all of it."""
+  split = NamedSharding(mesh, PartitionSpec(None, "data"))
+  rows_TxB = rows_TxB.astype(np.int32)
+  return jax.make_array_from_callback(rows_TxB.shape, split, lambda index: rows_TxB[index])
+
+
+def resident_calls(mesh: Mesh, batches: data_batches.TrainBatches, items: jax.Array, start: int, most: int,
+                   steps_to_pause: Callable[[int], int]) -> Iterator[Call]:
+  """Yields the calls from step `start` to the end: the rows of an epoch are sent once, then only an index.
+
+  Args:
+    mesh: of the devices.
+    batches: of the run.
+    items: from place_items.
+    start: steps done.
+    most: steps of one call, at most.
+    steps_to_pause: steps done -> how many may follow before the host has something to do.
+  """
+  step = start
+  while step < len(batches):
+    epoch, first = divmod(step, batches.steps_per_epoch)
+    starts, ends, bucket = batches.epoch_bounds(epoch)
+    feed = {"items": items, "starts": place_rows(mesh, starts), "ends": place_rows(mesh, ends),
+            "bucket": meshes.replicate(mesh, bucket.astype(np.int32))}
+    while first < batches.steps_per_epoch:
+      count = min(most, steps_to_pause(step), batches.steps_per_epoch - first)
+      lengths = (batches.buckets[bucket[first]],) if most == 1 else batches.buckets
+      yield Call(lengths, feed | {"first": np.int32(first), "count": np.int32(count)}, count)
+      first, step = first + count, step + count
+
+
+def streamed_calls(mesh: Mesh, batches: data_batches.TrainBatches, start: int) -> Iterator[Call]:
+  """Yields the calls from step `start` to the end: batches that background threads build ahead."""
+  for batch in data_batches.stream(batches, start):
+    yield Call((), meshes.to_global(mesh, batch), 1)
