@@ -94,7 +94,7 @@ def default() -> ml_collections.ConfigDict:
   model.dropout = 0.2  # embedding, attention weights, feed-forward
   model.attention = ml_collections.ConfigDict()
   model.attention.dropout = config_dict.placeholder(float)  # of attention weights; None: model.dropout
-  model.attention.implementation = "auto"  # reference (L x L weights in memory) | fused (in blocks) | auto: fused if possible
+  model.attention.implementation = "auto"  # reference (L x L weights in memory) | fused (in blocks) | auto (if it can)
   model.dtype = "float32"  # of activations; parameters, softmax, norms and scores stay float32
   model.remat = False  # keep only the inputs of blocks for the backward pass, and make the rest again
   model.table_multiple = 128  # item table rows are padded to it, whatever the device count
@@ -222,7 +222,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.awr.value_projection and model.refine != "value":
     raise ValueError(f"config.model.awr.value_projection needs config.model.refine=value, not {model.refine}")
   mixes = model.refine == "value" or (model.refine == "additive" and model.awr.additive_on == "weights")
-  if model.attention.implementation == "fused" and (model.awr.value_projection or (mixes and model.backbone == "stosa")):
+  squares = model.backbone == "stosa"
+  if model.attention.implementation == "fused" and (model.awr.value_projection or (mixes and squares)):
     reason = ("config.model.awr.value_projection=True" if model.awr.value_projection else
               f"config.model.refine={model.refine} on weights with config.model.backbone=stosa, which squares them")
     raise ValueError(f"config.model.attention.implementation=fused cannot do {reason}; use auto or reference")

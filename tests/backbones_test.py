@@ -13,7 +13,6 @@ from refine_test import CASES, VARIANTS, model_of, random_params
 
 from awrsr_jax.config import finalize
 from awrsr_jax.model import sasrec, stosa
-from awrsr_jax.model.attention import masked_softmax
 from awrsr_jax.model.backbones import BACKBONES, attention_maps, build_backbone
 from awrsr_jax.model.hidden import Hidden, table_rows
 from awrsr_jax.model.sasrec import SASRec
@@ -146,25 +145,34 @@ def test_rows_that_are_all_padding_have_finite_outputs_and_gradients(variant, dt
 
 @pytest.mark.parametrize("kind, norm", [*(("sasrec", norm) for norm in NORMS), ("stosa", "pre"), ("published", "post")])
 def test_none_is_bit_identical_to_the_plain_backbone(kind, norm, monkeypatch):
-  backbone, params = build("none", 1, norm, kind)
+  backbone, params = build("none", 1, norm, kind, attention__implementation="reference")
   again = lambda: encode(type(backbone)(backbone.model, N, ITEMS), params, INPUTS)  # noqa: E731
   def replace(refinement: Any) -> None:
     for module in (sasrec, stosa):
       monkeypatch.setattr(module, "build_refinement", lambda model, max_length: refinement)
-  def plain(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0)
+  class Plain:
+    """Takes the place of a Refinement, and is no module."""
+
+    def __init__(self, sign: int) -> None:
+      self._sign = sign
+
+    def refuses_blocks(self, squares: bool) -> str:
+      return "it keeps its weights in memory"
+
+    def weights(self, scores: jax.Array, mask: jax.Array, drop: None) -> tuple[jax.Array, jax.Array]:
+      weights = jax.nn.softmax(jnp.where(mask, self._sign * scores, -jnp.inf), axis=-1)
+      return (jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0),) * 2
   found = encode(backbone, params, INPUTS)
-  replace(plain)
+  replace(Plain(1))
   np.testing.assert_array_equal(found, again())
-  replace(lambda scores, mask: masked_softmax(-scores, mask))
+  replace(Plain(-1))
   assert np.any(found != again())  # weights do matter here
 
 
 @pytest.mark.parametrize("dropout, attention_dropout, random", [
     (0.0, None, False), (0.5, 0.0, True), (0.0, 0.5, True), (0.5, None, True)])
 def test_dropout_rates_are_those_of_the_config(dropout, attention_dropout, random):
-  backbone, params = build("value", dropout=dropout, attention_dropout=attention_dropout)
+  backbone, params = build("value", dropout=dropout, attention__dropout=attention_dropout)
   runs = [encode(backbone, params, INPUTS, train=True, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1)]
   assert np.any(runs[0] != runs[1]) == random
   assert np.any(runs[0] != encode(backbone, params, INPUTS)) == random
@@ -172,9 +180,8 @@ def test_dropout_rates_are_those_of_the_config(dropout, attention_dropout, rando
 
 def test_attention_dropout_is_the_models_where_it_is_not_set():
   unset, params = build("value", dropout=0.5)
-  rates = [SASRec(unset.model, N, ITEMS).bind({"params": params}).blocks[0].attention.dropout,
-           build("value", dropout=0.5, attention_dropout=0.25)[0].bind({"params": params}).blocks[0].attention.dropout]
-  assert rates == [0.5, 0.25]
+  of = lambda backbone: backbone.bind({"params": params}).blocks[0].attention.dropout  # noqa: E731
+  assert of(unset) == 0.5 and of(build("value", dropout=0.5, attention__dropout=0.25)[0]) == 0.25
 
 
 @functools.cache

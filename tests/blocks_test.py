@@ -1,4 +1,4 @@
-"""The parts of a backbone against loops in float64, and what dropout promises."""
+"""The parts of a backbone against loops in float64."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,29 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_test import attend_by_loops, mask_by_loops, scores_by_loops
-from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 from refine_test import HEADS, N, model_of, random_params, refine_by_loops
 
-from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention, dropout
+from awrsr_jax.model.blocks import Block, Embedding, FeedForward, SelfAttention
 from awrsr_jax.model.refine import build_refinement
 
 WIDTH, FFN = 8, 6
 INPUTS = np.array([[3, 1, 4, 1, 5], [0, 0, 2, 6, 5], [0, 0, 0, 0, 0]], np.int32)
 REAL = INPUTS > 0
-
-
-class Dropped(nn.Module):
-  """Dropout alone."""
-
-  rate: float
-
-  def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-    return dropout(self, x, self.rate, train)
-
-
-def drop(rate: float, x: jax.Array, seed: int = 0) -> np.ndarray:
-  return np.asarray(Dropped(rate).apply({}, x, rngs={"dropout": jax.random.key(seed)}))
 
 
 # Oracles of one sequence, float64; D in, O out.
@@ -101,61 +86,6 @@ def draw(seed: int, *shape: int) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("width", [1, 3, 4, 7])
-@pytest.mark.parametrize("rate", [1 / 256, 0.1, 0.5, 0.9])
-def test_dropout_keeps_its_rate_to_a_256th_and_the_mean(rate, width):
-  x = np.ones((2 ** 20 // width, width), np.float32)
-  out = drop(rate, x)
-  dropped = round(rate * 256) / 256
-  assert abs(dropped - rate) <= 1 / 512 and out.shape == x.shape
-  np.testing.assert_allclose(out[out != 0], 1 / (1 - dropped), rtol=1e-6)
-  error = 5 * (dropped * (1 - dropped) / x.size) ** 0.5
-  np.testing.assert_allclose(np.mean(out == 0), dropped, atol=error)
-  np.testing.assert_allclose(np.mean(out), 1, atol=error / (1 - dropped))
-
-
-def test_dropout_bytes_of_one_word_are_independent():
-  kept = drop(0.5, np.ones((2 ** 16, 8), np.float32)) > 0
-  between = np.corrcoef(kept.T) - np.eye(8)
-  assert np.max(np.abs(between)) < 5 / 2 ** 8
-
-
-@pytest.mark.parametrize("rate", [0.998, 0.9999])
-def test_dropout_near_one_stays_finite(rate):
-  out = drop(rate, np.ones((64, 64), np.float32))
-  assert np.all(np.isfinite(out)) and np.mean(out == 0) > 0.9
-
-
-def test_dropout_is_the_identity_outside_training_and_at_rate_zero():
-  x = draw(0, 3, 5)  # no key is given: none may be asked for
-  np.testing.assert_array_equal(Dropped(0.5).apply({}, x, train=False), x)
-  np.testing.assert_array_equal(Dropped(0.0).apply({}, x), x)
-
-
-def test_dropout_scales_values_and_keeps_their_type():
-  x = jnp.asarray(draw(1, 64, 6), jnp.bfloat16)
-  out = Dropped(0.25).apply({}, x, rngs={"dropout": jax.random.key(0)})
-  assert out.dtype == jnp.bfloat16
-  kept = np.asarray(out) != 0
-  np.testing.assert_allclose(np.float32(out)[kept], np.float32(x)[kept] / 0.75, rtol=0.01)
-
-
-def test_dropout_differs_between_keys_and_not_between_calls():
-  x = np.ones((64, 6), np.float32)
-  np.testing.assert_array_equal(drop(0.5, x, seed=0), drop(0.5, x, seed=0))
-  assert 0.4 < np.mean((drop(0.5, x, seed=0) > 0) != (drop(0.5, x, seed=1) > 0)) < 0.6
-
-
-@pytest.mark.parametrize("spec, width", [(("data",), 6), (("data", None, "model"), 16), ((None, "data", "model"), 24)])
-def test_dropout_does_not_depend_on_the_sharding(spec, width):
-  x = draw(2, 8, 4, width)
-  mesh = jax.make_mesh((4, 2), ("data", "model"))
-  call = jax.jit(lambda x: Dropped(0.3).apply({}, x, rngs={"dropout": jax.random.key(0)}))
-  sharded = call(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))))
-  assert len(sharded.sharding.device_set) == 8
-  np.testing.assert_array_equal(sharded, drop(0.3, x))
-
-
 @pytest.mark.parametrize("length", [5, 3])
 def test_embedding_is_scaled_items_plus_positions_from_the_end_and_zero_where_padded(length):
   inputs = INPUTS[:, -length:]
@@ -177,10 +107,11 @@ def test_embedding_drops_entries_in_training_only():
   assert np.all(np.asarray(embedding.apply({"params": params}, INPUTS, False))[REAL] != 0)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
 @pytest.mark.parametrize("variant", ["none", "value"])
-def test_self_attention_agrees_with_loops_and_takes_queries_from_the_first_input(variant):
+def test_self_attention_agrees_with_loops_and_takes_queries_from_the_first_input(variant, implementation):
   model = model_of(variant)
-  attention = SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N))
+  attention = SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N), implementation)
   query, x = draw(3, 3, 5, WIDTH), draw(4, 3, 5, WIDTH)
   params = random_params(lambda key, *args: attention.init(key, *args, False), query, x, REAL, scale=0.5)
   found = attention.apply({"params": params}, query, x, REAL, False)
@@ -191,7 +122,7 @@ def test_self_attention_agrees_with_loops_and_takes_queries_from_the_first_input
 
 def test_self_attention_drops_weights_and_not_values():
   """With one real key and values of one, the output is 0 or 1 / (1 - rate) in a whole head, never a part of it."""
-  attention = SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model_of("none"), N))
+  attention = SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model_of("none"), N), "auto")
   x, one_key = draw(5, 64, 1, WIDTH), np.ones((64, 1), bool)
   params = random_params(lambda key, *args: attention.init(key, *args, False), x, x, one_key)
   eye, zero = np.eye(WIDTH, dtype=np.float32), np.zeros(WIDTH, np.float32)
@@ -226,7 +157,7 @@ def test_feed_forward_drops_at_its_end_and_inside_where_it_is_told_to(inside):
 @pytest.mark.parametrize("norm", ["pre", "post", "query"])
 def test_block_agrees_with_loops_and_is_zero_where_padded(norm):
   model = model_of("value", norm=norm)
-  block = Block(SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N)),
+  block = Block(SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N), "auto"),
                 FeedForward(FFN, "relu", 0.5, jnp.float32), norm)
   x = draw(7, 3, 5, WIDTH)
   params = random_params(lambda key, *args: block.init(key, *args, False), x, REAL, scale=0.5)
@@ -238,7 +169,7 @@ def test_block_agrees_with_loops_and_is_zero_where_padded(norm):
 
 @pytest.mark.parametrize("norm", ["pre", "post", "query"])
 def test_block_keeps_bfloat16_and_its_parameters_float32(norm):
-  block = Block(SelfAttention(HEADS, 0.0, jnp.bfloat16, build_refinement(model_of("none"), N)),
+  block = Block(SelfAttention(HEADS, 0.0, jnp.bfloat16, build_refinement(model_of("none"), N), "auto"),
                 FeedForward(FFN, "relu", 0.0, jnp.bfloat16), norm)
   x = jnp.asarray(draw(8, 3, 5, WIDTH), jnp.bfloat16)
   init = lambda key, x, real: block.init(key, x, real, False)  # noqa: E731

@@ -137,7 +137,7 @@ def test_a_value_below_its_bound_is_refused_and_the_bound_itself_is_as_stated(ke
 @pytest.mark.parametrize("key", sorted(configs.BOUNDS))
 def test_zero_is_refused_where_something_is_counted_or_divided_by_it(key):
   zero = set_value(key, TYPES[key](0))
-  if key in {"seed", "data.k_core", "data.synthetic.seed", "model.dropout", "model.attention_dropout", "loss.gbce_t",
+  if key in {"seed", "data.k_core", "data.synthetic.seed", "model.dropout", "model.attention.dropout", "loss.gbce_t",
              "loss.pvn_weight", "train.weight_decay", "train.warmup_steps", "train.beta1", "train.beta2"}:
     assert dict(configs.walk(configs.finalize(zero)))[key] == 0
   else:
@@ -172,7 +172,7 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
     ({"model__heads": 3}, "config.model.heads=3 does not divide config.model.width=64"),
     ({"model__heads": 128}, "config.model.heads=128 does not divide config.model.width=64"),
     ({"model__dropout": 1.0}, "config.model.dropout=1.0 must be below 1"),
-    ({"model__attention_dropout": 1.5}, "config.model.attention_dropout=1.5 must be below 1"),
+    ({"model__attention__dropout": 1.5}, "config.model.attention.dropout=1.5 must be below 1"),
     ({"train__beta1": 1.0}, "config.train.beta1=1.0 must be below 1"),
     ({"train__beta2": 1.0}, "config.train.beta2=1.0 must be below 1"),
     ({"loss__gbce_t": 1.01}, "config.loss.gbce_t=1.01"),
@@ -194,7 +194,7 @@ def test_values_that_do_not_fit_together_are_refused(values, key):
 
 
 @pytest.mark.parametrize("values", [
-    {"model__heads": 64}, {"model__dropout": 0.99, "model__attention_dropout": 0.0}, {"loss__gbce_t": 1.0},
+    {"model__heads": 64}, {"model__dropout": 0.99, "model__attention__dropout": 0.0}, {"loss__gbce_t": 1.0},
     {"train__weight_decay": 0.1, "train__optimizer": "adamw"}, {"mesh__data": -1}, {"mesh__data": 1},
     {"model__refine": "value", "model__awr__value_projection": True},
     {"model__refine": "stochastic", "model__awr__correlation": "wasserstein"}, {"model__refine": "stochastic"},

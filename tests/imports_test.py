@@ -14,10 +14,10 @@ PACKAGE = "awrsr_jax"
 ORDER = (
     "config",
     "data.text", "data.from_tfds", "data.movielens", "data.readers", "data.synthetic", "data.corpus", "data.batches",
-    "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden", "model.sasrec", "model.stosa",
-    "model.backbones", "model.losses",
-    "engine.processes", "engine.mesh", "engine.state", "engine.objective", "engine.step", "engine.ranking",
-    "engine.memory", "engine.run_folder", "engine.checkpoint", "engine.train",
+    "model.dropout", "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden",
+    "model.sasrec", "model.stosa", "model.backbones", "model.losses",
+    "engine.processes", "engine.mesh", "engine.feed", "engine.state", "engine.objective", "engine.step",
+    "engine.ranking", "engine.memory", "engine.run_folder", "engine.checkpoint", "engine.train",
     "main",
 )
 FILES = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path

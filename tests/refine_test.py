@@ -41,7 +41,8 @@ REFINED = [case for case in CASES if case[0] != "none"]
 def model_of(variant: str, order: int = 1, **changes: Any) -> Any:
   """Returns the `model` node of a config that names this variant: two heads, rank 3."""
   config = default()
-  config.model.update({"heads": HEADS, **VARIANTS[variant], **changes})
+  config.model.update({"heads": HEADS, **VARIANTS[variant]})
+  config.model.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
   config.model.awr.update({"rank": RANK, "order": order})
   return finalize(config).model
 

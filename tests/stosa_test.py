@@ -153,7 +153,7 @@ def test_weights_start_with_mean_01_and_deviation_02(kind):
 @pytest.mark.parametrize("kind, scale", [("stosa", 1.0), ("published", 2.0)])
 def test_dropped_weights_keep_the_mean_of_the_covariance_and_published_ones_do_not(kind, scale):
   """One head, one key a row: the weight is 1, and its square is summed over the values' covariance."""
-  backbone, params = build("none", 1, "post", kind, layers=1, heads=1, dropout=0.0, attention_dropout=0.5)
+  backbone, params = build("none", 1, "post", kind, layers=1, heads=1, dropout=0.0, attention__dropout=0.5)
   inputs = np.tile(np.array([[0, 0, 0, 0, 3]], np.int32), (4096, 1))
   _, kept = backbone.apply({"params": params}, inputs, True, method="encode", rngs={"dropout": jax.random.key(0)},
                            capture_intermediates=True)
@@ -166,7 +166,7 @@ def test_dropped_weights_keep_the_mean_of_the_covariance_and_published_ones_do_n
 
 @pytest.mark.parametrize("kind", ["stosa", "published"])
 def test_dropout_acts_on_inputs_and_on_what_attention_and_feed_forward_give_and_nowhere_else(kind):
-  backbone, params = build("none", 1, "post", kind, layers=1, dropout=0.5, attention_dropout=0.0)
+  backbone, params = build("none", 1, "post", kind, layers=1, dropout=0.5, attention__dropout=0.0)
   inputs = np.tile(INPUTS[:1], (64, 1))
   _, kept = backbone.apply({"params": params}, inputs, True, method="encode", rngs={"dropout": jax.random.key(0)},
                            capture_intermediates=True)
@@ -179,7 +179,7 @@ def test_dropout_acts_on_inputs_and_on_what_attention_and_feed_forward_give_and_
 
 
 def test_streams_share_the_dropout_of_weights():
-  backbone, params = build("none", 1, "post", "stosa", layers=1, heads=1, dropout=0.0, attention_dropout=0.5)
+  backbone, params = build("none", 1, "post", "stosa", layers=1, heads=1, dropout=0.0, attention__dropout=0.5)
   inputs = np.tile(np.array([[0, 0, 0, 0, 3]], np.int32), (256, 1))
   _, kept = backbone.apply({"params": params}, inputs, True, method="encode", rngs={"dropout": jax.random.key(0)},
                            capture_intermediates=True)

@@ -112,7 +112,7 @@ def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, targ
 
 
 def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> Callable:
-  """Returns the jitted (params, feed, lengths=None) -> ((B,) ranks, whether a process was told to stop), on all devices.
+  """Returns the jitted (params, feed, lengths=None) -> ((B,) ranks, whether to stop), whole on all devices.
 
   The feed is a ranking batch; or, where `lengths` (S, L) are given (static), row `index` of the users of a split and
   the corpus that lives on the devices, see _resident_feeds.

@@ -87,7 +87,7 @@ def make_train_step(backbone: nn.Module, mesh: Mesh, optimizer: optax.GradientTr
   """Returns the jitted (state, feed, cumulative, lengths=()) -> (state, Report); the old state is given up.
 
   The feed is a batch; or, where `lengths` are given (static), an epoch that lives on the devices, see
-  feed.resident_calls: with one length, the step `first` of it; with more, `count` steps from there, each of one of them.
+  feed.resident_calls: with one length, its step `first`; with more, `count` steps from there, each of one of them.
   """
   one_step = functools.partial(train_step, backbone=backbone, mesh=mesh, optimizer=optimizer, config=config,
                                targets_per_step=targets_per_step)

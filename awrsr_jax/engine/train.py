@@ -295,7 +295,8 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
         f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be "
         f"read: {error}. Bring that folder back, or train again in another --workdir") from error
   splits = {split: ranking.summarize(ranking.rank_users(
-      job.rank_step, best.params, batches, job.mesh, told_to_stop, job.items)) for split, batches in job.ranking.items()}
+      job.rank_step, best.params, batches, job.mesh, told_to_stop, job.items))
+            for split, batches in job.ranking.items()}
   result = {
       **{split: splits[split] for split in ("test", "valid")},
       "protocol": ranking.describe_protocol(job.config.eval.protocol),

@@ -75,7 +75,7 @@ def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
 
   def block(keys: int, q_HxBxbxE: jax.Array, first: jax.Array) -> Any:
     rows = first + jnp.arange(size)
-    mask = (real_BxL[:, None, :keys] & (jnp.arange(keys) <= rows[:, None])[None])[None]
+    mask = (real_BxL[:, None, :keys] & (jnp.arange(keys)[None] <= rows[:, None])[None])[None]
     scores = jnp.einsum("hbie,hbje->hbij", q_HxBxbxE, k_HxBxLxE[:, :, :keys], precision=precision,
                         preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, HIDDEN)

@@ -26,7 +26,7 @@ class Drop:
       x: (..., K), columns 0 to K - 1 of its rows.
       rows: uint32, broadcasts to x.shape[:-1]: the number of each row. Equal numbers drop equal columns.
     """
-    columns = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    columns = (jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)).reshape((1,) * rows.ndim + (-1,))
     bits = scramble(scramble(rows + self.words[0])[..., None] ^ (columns + self.words[1]))
     return jnp.where(bits >= jnp.uint32(round(self.rate * 2 ** 32)), x * (1 / (1 - self.rate)), 0).astype(x.dtype)
 

@@ -88,7 +88,8 @@ class Refinement(nn.Module):
     """Returns weights_BxHxLxL, float32, exactly 0 outside the mask."""
     return self.weights(scores_BxHxLxL, mask_Bx1xLxL, None)[0]
 
-  def weights(self, scores_BxHxLxL: jax.Array, mask_Bx1xLxL: jax.Array, drop: Drop | None) -> tuple[jax.Array, jax.Array]:
+  def weights(self, scores_BxHxLxL: jax.Array, mask_Bx1xLxL: jax.Array,
+              drop: Drop | None) -> tuple[jax.Array, jax.Array]:
     """Refines weights in memory.
 
     Sows "first_order" and "refined" weights into the collection "intermediates".
@@ -144,7 +145,7 @@ class Refinement(nn.Module):
     heads, batch, length, _ = q_HxBxLxE.shape
     first_rows = number_rows((heads, batch, 1)) * jnp.uint32(length)  # in the numbering of `weights`
     dropped = lambda weights, rows: (  # noqa: E731
-        weights if drop is None else drop(weights, first_rows + rows.astype(jnp.uint32)))
+        weights if drop is None else drop(weights, first_rows + rows.astype(jnp.uint32)[None, None]))
     sum_by = lambda weights, x: jnp.einsum(  # noqa: E731
         "hbij,hbjd->hbid", weights.astype(x.dtype), x[:, :, :weights.shape[-1]])
 
@@ -153,12 +154,13 @@ class Refinement(nn.Module):
       return tuple(map(sum_by, (kept, square(kept, weights)) if square else (kept,), values))
 
     def sum_tables(weights: jax.Array, orders: slice) -> list[list[jax.Array]]:
-      tables = self.tables[orders]
+      tables = [self._slots(table, length) for of_order in self.tables[orders] for table in of_order]
       if not tables:
         return []
-      side_by_side = jnp.concatenate([self._slots(x, length) for x in jax.tree.leaves(tables)], axis=-1)
-      sums = jnp.einsum("hbij,hjr->hbir", weights, side_by_side[:, :weights.shape[-1]])
-      return jax.tree.unflatten(jax.tree.structure(tables), jnp.split(sums, sums.shape[-1] // self.rank, axis=-1))
+      side_by_side = jnp.concatenate(tables, axis=-1)[:, :weights.shape[-1]]
+      sums = jnp.split(jnp.einsum("hbij,hjr->hbir", weights, side_by_side), len(tables), axis=-1)
+      roles = len(self.tables[0])
+      return [sums[first:first + roles] for first in range(0, len(sums), roles)]
 
     read = functools.partial(attend_in_blocks, real_BxL=real_BxL,
                              precision="highest" if self.correlation == "wasserstein" else precision)

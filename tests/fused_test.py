@@ -1,0 +1,140 @@
+"""Attention in blocks against attention with its weights in memory: the same values and gradients, in linear memory."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from refine_test import VARIANTS, model_of, random_params
+
+from awrsr_jax.config import default, finalize
+from awrsr_jax.model import attention
+from awrsr_jax.model.blocks import SelfAttention
+from awrsr_jax.model.refine import build_refinement
+from awrsr_jax.model.stosa import GaussianSelfAttention
+
+BATCH, LENGTH, N, WIDTH = 3, 19, 21, 8
+REAL = np.arange(LENGTH)[None] >= np.array([0, 12, LENGTH])[:, None]  # the last row is all padding
+MIXES = {"value", "value_shared", "value_wasserstein", "additive_on_weights", "additive_on_weights_wasserstein"}
+CASES = [("sasrec", variant, 1) for variant in VARIANTS if variant != "value_projection"]
+CASES += [("sasrec", variant, 2) for variant in ("simple", "value", "additive_on_scores", "additive_on_weights")]
+CASES += [(kind, variant, 1) for kind in ("stosa", "published") for variant in ("none", "simple", "additive_on_scores")]
+CASES += [("stosa", "stochastic", 1), ("stosa", "stochastic", 2)]
+BLOCKS = [(4, 2), (8, 8), (64, 8)]  # rows a block, programs: scanned, unrolled, a single block
+
+
+def attend(kind: str, variant: str, order: int, implementation: str, dtype: Any, length: int = LENGTH, n: int = N) -> Any:
+  """Returns (params, inputs) -> outputs of one attention in training, and how to initialise it."""
+  refinement = build_refinement(model_of(variant, order), n)
+  if kind == "sasrec":
+    module = SelfAttention(2, 0.3, dtype, refinement, implementation)
+    call = lambda x, real, train: module_call(x[0], x[0], real, train)  # noqa: E731
+  else:
+    module = GaussianSelfAttention(2, 0.3, 0.0, dtype, refinement, implementation, faithful=kind == "published")
+    call = lambda x, real, train: module_call(x, x, real, train)  # noqa: E731
+  real = REAL if length == LENGTH else np.ones((BATCH, length), bool)
+  def module_call(*args: Any) -> Any:
+    return module, args
+  def apply(params: Any, x: Any) -> list[jax.Array]:
+    bound, args = call(x, real, True)
+    return jax.tree.leaves(bound.apply({"params": params}, *args, rngs={"dropout": jax.random.key(5)}))
+  def init(key: jax.Array) -> Any:
+    bound, args = call(tuple(jnp.zeros((BATCH, length, WIDTH), dtype) for _ in range(2)), real, False)
+    return bound.init(key, *args)
+  return apply, init
+
+
+def value_and_grad(kind: str, variant: str, order: int, implementation: str, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+  apply, init = attend(kind, variant, order, implementation, dtype)
+  params = random_params(init, scale=0.7)
+  rng = np.random.default_rng(1)
+  x = tuple(jnp.asarray(rng.normal(size=(BATCH, LENGTH, WIDTH)), dtype) for _ in range(2))
+  def loss(params: Any, x: Any) -> tuple[jax.Array, Any]:
+    outs = apply(params, x)
+    real = REAL[..., None]
+    return sum(jnp.sum(jnp.where(real, jnp.sin(out.astype(jnp.float32)), 0)) for out in outs), outs
+  grads, outs = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+  return outs, grads
+
+
+def largest_difference(found: Any, wanted: Any) -> float:
+  """Returns the largest difference, as a part of the largest entry of all."""
+  found, wanted = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in (found, wanted))
+  assert len(found) == len(wanted)
+  size = max(np.max(np.abs(leaf)) for leaf in wanted)
+  return max(np.max(np.abs(a - b)) for a, b in zip(found, wanted, strict=True)) / size
+
+
+@pytest.mark.parametrize("kind, variant, order", CASES)
+def test_blocks_give_the_values_and_gradients_of_the_reference(kind, variant, order, monkeypatch):
+  block, stairs = BLOCKS[CASES.index((kind, variant, order)) % 2]
+  monkeypatch.setattr(attention, "BLOCK", block)
+  monkeypatch.setattr(attention, "STAIRS", stairs)
+  wanted = value_and_grad(kind, variant, order, "reference")
+  found = value_and_grad(kind, variant, order, "fused")
+  assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(wanted[1]))
+  assert largest_difference(found[0], wanted[0]) < 1e-5
+  assert largest_difference(found[1], wanted[1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "stosa"])
+def test_blocks_give_the_reference_in_bfloat16_to_a_hundredth(kind, monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK", 8)
+  wanted, found = (value_and_grad(kind, "simple", 1, implementation, jnp.bfloat16)
+                   for implementation in ("reference", "fused"))
+  assert largest_difference(found[0], wanted[0]) < 0.01
+  assert largest_difference(found[1], wanted[1]) < 0.02
+
+
+@pytest.mark.parametrize("block, stairs", BLOCKS)
+def test_blocks_of_any_size_give_plain_attention(block, stairs, monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK", block)
+  monkeypatch.setattr(attention, "STAIRS", stairs)
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, BATCH, LENGTH, 4)), jnp.float32) for _ in range(3))
+  seen = lambda weights, rows: jnp.pad(weights, [(0, 0)] * 3 + [(0, LENGTH - weights.shape[-1])])  # noqa: E731
+  weights = attention.attend_in_blocks(q, k, REAL, seen)
+  scores = jnp.einsum("hbid,hbjd->bhij", q, k)
+  wanted = attention.masked_softmax(scores, attention.causal_mask(jnp.asarray(REAL)))
+  np.testing.assert_allclose(np.moveaxis(np.asarray(weights), 0, 1), wanted, atol=1e-6)
+  assert np.all(np.asarray(weights)[np.broadcast_to(np.moveaxis(np.asarray(wanted), 0, 1) == 0, weights.shape)] == 0)
+
+
+def test_the_memory_of_blocks_grows_with_the_length_and_that_of_the_reference_with_its_square():
+  def temporaries(implementation: str, length: int) -> int:
+    apply, init = attend("sasrec", "value", 1, implementation, jnp.float32, length, length)
+    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    x = (jax.ShapeDtypeStruct((BATCH, length, WIDTH), jnp.float32),) * 2
+    grad = jax.jit(jax.grad(lambda params, x: sum(jnp.sum(out) for out in apply(params, x))))
+    return grad.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+  fused, reference = (temporaries(implementation, 2048) / temporaries(implementation, 1024)
+                      for implementation in ("fused", "reference"))
+  assert fused < 2.4 and reference > 3.5
+
+
+@functools.cache
+def config_of(**changes: Any) -> Any:
+  config = default()
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  return config
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"model__awr__value_projection": True}, "value_projection=True"),
+    ({"model__backbone": "stosa"}, "refine=value on weights with config.model.backbone=stosa"),
+    ({"model__backbone": "stosa", "model__refine": "additive", "model__awr__additive_on": "weights"}, "refine=additive"),
+])
+def test_fused_is_refused_where_it_cannot_be_and_auto_takes_the_reference(changes, reason):
+  with pytest.raises(ValueError, match=reason):
+    finalize(config_of(**changes, model__attention__implementation="fused"))
+  model = finalize(config_of(**changes)).model
+  assert build_refinement(model, N).refuses_blocks(squares=model.backbone == "stosa")
+
+
+def test_fused_is_allowed_everywhere_else():
+  for variant in VARIANTS:
+    for backbone in ("sasrec", "stosa"):
+      refused = bool(build_refinement(model_of(variant), N).refuses_blocks(squares=backbone == "stosa"))
+      assert refused == (variant == "value_projection" or (backbone == "stosa" and variant in MIXES))
