@@ -4,10 +4,8 @@ Trains, evaluates exactly, checkpoints; the same command resumes. Every key of t
 `--config.model.refine=value`.
 """
 
-import difflib
 import logging
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,7 +15,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from awrsr_jax.config import default, finalize, walk
+from awrsr_jax.command import keep_compiled, parse_flags
+from awrsr_jax.config import finalize
 from awrsr_jax.data import corpus
 from awrsr_jax.engine import memory, processes
 from awrsr_jax.engine.mesh import check_config, make_mesh
@@ -34,30 +33,13 @@ ITEMS = flags.DEFINE_integer("items", None, "With --dry_run: for so many items, 
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; a config key or file that does not exist is one clear line, not a traceback."""
-  known = [key for key, _ in walk(default())]
-  for flag in argv[1:]:
-    name, _, value = flag.lstrip("-").partition("=")
-    key = name.partition(".")[2]
-    if name.startswith("config.") and key not in known:
-      close = difflib.get_close_matches(key, known, n=3)
-      sys.exit(f"ValueError: --{name}: the config has no such key; "
-               f"{'did you mean ' + ' or '.join(close) + '?' if close else 'awrsr_jax/config.py lists them all'}")
-    if name == "config" and value and not pathlib.Path(value.partition(":")[0]).exists():
-      sys.exit(f"ValueError: --config={value}: no such file, seen from {pathlib.Path.cwd()}")
-  return app.parse_flags_with_usage(argv)
-
-
 def main(argv: Sequence[str]) -> None:
   """Runs the job and prints its result; exit code 75: start the same command again."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
   if flags.FLAGS.verbosity <= 0:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a page about every checkpoint
-  if not jax.config.jax_compilation_cache_dir:  # a second start, or a resumed run, compiles nothing again
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(cache / "awrsr_jax" / "compiled"))
+  keep_compiled()
   try:
     if DRY_RUN.value:
       print(plan_memory())

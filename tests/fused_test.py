@@ -25,7 +25,8 @@ CASES += [("stosa", "stochastic", 1), ("stosa", "stochastic", 2)]
 BLOCKS = [(4, 2), (8, 8), (64, 8)]  # rows a block, programs: scanned, unrolled, a single block
 
 
-def attend(kind: str, variant: str, order: int, implementation: str, dtype: Any, length: int = LENGTH, n: int = N) -> Any:
+def attend(kind: str, variant: str, order: int, implementation: str, dtype: Any, length: int = LENGTH,
+           n: int = N) -> Any:
   """Returns (params, inputs) -> outputs of one attention in training, and how to initialise it."""
   refinement = build_refinement(model_of(variant, order), n)
   if kind == "sasrec":
@@ -46,7 +47,8 @@ def attend(kind: str, variant: str, order: int, implementation: str, dtype: Any,
   return apply, init
 
 
-def value_and_grad(kind: str, variant: str, order: int, implementation: str, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+def value_and_grad(kind: str, variant: str, order: int, implementation: str,
+                   dtype: Any = jnp.float32) -> tuple[Any, Any]:
   apply, init = attend(kind, variant, order, implementation, dtype)
   params = random_params(init, scale=0.7)
   rng = np.random.default_rng(1)
@@ -124,7 +126,8 @@ def config_of(**changes: Any) -> Any:
 @pytest.mark.parametrize("changes, reason", [
     ({"model__awr__value_projection": True}, "value_projection=True"),
     ({"model__backbone": "stosa"}, "refine=value on weights with config.model.backbone=stosa"),
-    ({"model__backbone": "stosa", "model__refine": "additive", "model__awr__additive_on": "weights"}, "refine=additive"),
+    ({"model__backbone": "stosa", "model__refine": "additive", "model__awr__additive_on": "weights"},
+     "refine=additive"),
 ])
 def test_fused_is_refused_where_it_cannot_be_and_auto_takes_the_reference(changes, reason):
   with pytest.raises(ValueError, match=reason):

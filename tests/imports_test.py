@@ -12,13 +12,14 @@ PACKAGE = "awrsr_jax"
 # Every file of the package, ground floor first. A file may import, at its top or inside a function, only from files
 # above it in this list.
 ORDER = (
-    "config",
+    "config", "command",
     "data.text", "data.from_tfds", "data.movielens", "data.readers", "data.synthetic", "data.corpus", "data.batches",
     "model.dropout", "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden",
     "model.sasrec", "model.stosa", "model.backbones", "model.losses",
     "engine.processes", "engine.mesh", "engine.feed", "engine.state", "engine.objective", "engine.step",
-    "engine.ranking", "engine.memory", "engine.run_folder", "engine.checkpoint", "engine.train",
+    "engine.ranking", "engine.compiling", "engine.memory", "engine.run_folder", "engine.checkpoint", "engine.train",
     "main",
+  "bench.contenders", "bench.measures", "bench.__main__",
 )
 FILES = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path
          for path in sorted((ROOT / PACKAGE).rglob("*.py"))}

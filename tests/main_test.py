@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from awrsr_jax import main
+from awrsr_jax import command
 from awrsr_jax.engine import train as train_module
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -77,4 +77,4 @@ def test_a_workdir_that_cannot_be_written_is_refused(small_config, tmp_path, no_
 def test_a_misspelt_flag_is_one_line(flags, message, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(SystemExit, match=message):
-    main.parse_flags([sys.argv[0], *flags])
+    command.parse_flags([sys.argv[0], *flags])

@@ -34,7 +34,7 @@ def read_lines(workdir: pathlib.Path) -> list[dict]:
 
 def read_result(workdir: pathlib.Path) -> dict:
   result = json.loads((workdir / "result.json").read_text())
-  return {key: value for key, value in result.items() if key not in ("wall_time_s", "peak_memory")}
+  return {key: value for key, value in result.items() if key not in ("wall_time_s", "peak_memory", "compiled")}
 
 
 def kill_when(workdir: pathlib.Path, condition, number: int = signal.SIGKILL) -> int:

@@ -265,7 +265,7 @@ def test_a_resumed_writer_goes_on_after_its_step(tmp_path):
   for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
     writer = run_folder.MetricsWriter(tmp_path, start, 10)
     for step in steps:
-      writer.advance()
+      writer.advance(step)
       writer.write(step, 1, "train", {"loss": start + step / 8})
     writer.close()
   lines = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -30,6 +30,7 @@ FREE_KEYS = {
     "data.path",  # the corpus fingerprint is compared instead, so data may have moved
     "mesh.data", "mesh.model",  # the global batch does not depend on the devices
     "model.remat",  # the same values, made twice
+    "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
 }
 
 

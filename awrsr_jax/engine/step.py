@@ -95,7 +95,8 @@ def make_train_step(backbone: nn.Module, mesh: Mesh, optimizer: optax.GradientTr
   def step(state: TrainState, feed: Feed, cumulative: jax.Array,
            lengths: tuple[int, ...] = ()) -> tuple[TrainState, Report]:
     def from_epoch(state: TrainState, index: jax.Array, length: int) -> tuple[TrainState, Report]:
-      return one_step(state, build_batch(feed, index, length, mesh) | {"stop": feed["stop"]}, cumulative)
+      batch = jax.lax.optimization_barrier(build_batch(feed, index, length, mesh))  # else rounding would depend on it
+      return one_step(state, batch | {"stop": feed["stop"]}, cumulative)
 
     match lengths:
       case ():

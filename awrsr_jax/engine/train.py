@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from awrsr_jax.config import finalize, walk
 from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as data_corpus
-from awrsr_jax.engine import checkpoint, memory, processes, ranking, run_folder
+from awrsr_jax.engine import checkpoint, compiling, memory, processes, ranking, run_folder
 from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import NO_STEP, TrainState, init_state, make_optimizer, make_schedule
@@ -46,6 +46,7 @@ class Job:
   batches: data_batches.TrainBatches
   ranking: dict[str, data_batches.RankingBatches]
   items: jax.Array | None  # the corpus on the devices, where it lives there
+  cumulative: jax.Array  # (I,) int32, training interactions with items 1 to i, on the devices
   train_step: Callable
   rank_step: Callable
 
@@ -87,7 +88,8 @@ def make_job(config: Any) -> Job:
   backbone = build_backbone(config, corpus.num_items)
   optimizer = make_optimizer(config.train, len(batches))
   items = feeds.place_items(mesh, corpus.items) if feeds.is_resident(config, batches) else None
-  return Job(config, corpus, mesh, backbone, optimizer, batches, ranked, items,
+  cumulative = meshes.replicate(mesh, np.cumsum(data_batches.training_counts(corpus)[1:], dtype=np.int32))
+  return Job(config, corpus, mesh, backbone, optimizer, batches, ranked, items, cumulative,
              make_train_step(backbone, mesh, optimizer, config, batches.targets_per_step),
              ranking.make_rank_step(backbone, mesh, config.eval.block_items))
 
@@ -113,7 +115,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
     processes.ProcessLost: another process is gone; the same call goes on from the newest checkpoint.
   """
   began = time.monotonic()
-  with processes.noticing_losses():
+  with processes.noticing_losses(), compiling.watching() as compiled:
     job = make_job(config)
     with open_run(workdir, job):
       result_path = epath.Path(workdir) / "result.json"
@@ -123,9 +125,10 @@ def train(config: Any, workdir: str | os.PathLike[str],
         return result
       with checkpoint.open_checkpoints(workdir) as manager:
         state, record = start_or_resume(job, manager)
-        state, record = run_steps(job, workdir, manager, state, record, began, told_to_stop)
+        state, record = run_steps(job, workdir, manager, state, record, began, compiled, told_to_stop)
         record |= {"seconds": record["seconds"] + time.monotonic() - began}
         result = conclude(job, manager, state, record, told_to_stop)
+        result |= {"compiled": dataclasses.asdict(compiled)}  # in this start
       if processes.is_first():
         run_folder.write_json(result_path, result)
   return result
@@ -165,7 +168,7 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
 
 
 def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointManager, state: TrainState,
-              record: dict[str, Any], began: float,
+              record: dict[str, Any], began: float, compiled: compiling.Compiled,
               told_to_stop: Callable[[], bool]) -> tuple[TrainState, dict[str, Any]]:
   """The loop: what is due of an evaluation, batch, step, then what is due of a line and a checkpoint.
 
@@ -173,9 +176,9 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
     The last state and record.
   """
   config, step, seconds = job.config, record["step"], record["seconds"]
+  first = step
   constants = {"config": config.to_dict(), "corpus": data_corpus.describe(job.corpus)}
   ids = encode_items(job.corpus)
-  cumulative = meshes.replicate(job.mesh, np.cumsum(data_batches.training_counts(job.corpus)[1:], dtype=np.int32))
   writer = run_folder.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else run_folder.NoWriter()
   line = Line(job, writer)
   if job.items is None:
@@ -194,7 +197,11 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
       break
     call = next(calls)
     feed = call.feed | {"stop": meshes.stop_flags(job.mesh, told_to_stop())}
-    state, report = job.train_step(state, feed, cumulative, lengths=call.lengths)
+    state, report = job.train_step(state, feed, job.cumulative, lengths=call.lengths)
+    if step == first:
+      jax.block_until_ready(report)
+      LOG.info("first step %.1f s after the start, of which compiling took %.1f s (%d programs, %d of them from the "
+               "cache)", time.monotonic() - began, compiled.seconds, compiled.programs, compiled.from_cache)
     step += call.steps
     stop = line.flush()  # of the call before, while this one runs
     line.put(step, report)

@@ -1,0 +1,89 @@
+"""Benchmarks: `python -m awrsr_jax.bench --config=configs/beauty.py --peer=recbole,rectools,torch`.
+
+Whatever is compared takes turns, a few seconds each, round after round in one call: so ratios hold on a machine that
+is not quiet, and absolute numbers are only as good as the machine was. `--measure` chooses:
+
+  throughput   training interactions/s and full-ranking users/s of whole epochs, each refinement beside the peers
+  step         one train step of full length: refinements, fused and reference, beside the floor of this machine
+  memory       of attention as n grows, and of the full softmax as the catalogue grows, as the compiler plans it
+  start        from the command to the first train step, with an empty cache of compiled programs and with a full one
+
+A peer is a program of launch/peers/ in an environment of its own, made at its first use.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from awrsr_jax.bench import measures
+from awrsr_jax.command import keep_compiled, parse_flags
+from awrsr_jax.config import REFINEMENTS, finalize
+from awrsr_jax.engine import memory
+
+MEASURES = ("throughput", "step", "memory", "start")
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, as in configs/.", lock_config=True)
+MEASURE = flags.DEFINE_list("measure", list(MEASURES), f"Which of {', '.join(MEASURES)}.")
+REFINE = flags.DEFINE_list("refine", ["none", "simple", "value"], f"Which of {', '.join(REFINEMENTS)}.")
+PEER = flags.DEFINE_list("peer", [], "Which programs of launch/peers/ to compare with: recbole, rectools, torch.")
+SECONDS = flags.DEFINE_float("seconds", 10, "How long each trains in each round.", 0.1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "How often all take turns.", 1)
+USERS = flags.DEFINE_integer("users", 5000, "How many users each ranks in each round.", 1)
+OUT = flags.DEFINE_string("out", None, "A JSON file for all that was measured.")
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+  """Returns rows of equal keys as a table."""
+  def text(value: Any) -> str:
+    if isinstance(value, float):
+      return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+  lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join("  ".join(cell.ljust(width) if index == 0 else cell.rjust(width)
+                             for index, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures and prints."""
+  try:
+    if len(argv) > 1:
+      raise ValueError(f"unknown arguments {argv[1:]}; flags start with --")
+    for flag, values, known in (("measure", MEASURE.value, MEASURES), ("refine", REFINE.value, REFINEMENTS)):
+      if set(values) - set(known):
+        raise ValueError(f"--{flag}={','.join(values)} is not of {', '.join(known)}")
+    keep_compiled()
+    config = CONFIG.value
+    finalize(config.copy_and_resolve_references())
+    turns = measures.Turns(REFINE.value, PEER.value, ROUNDS.value, SECONDS.value, USERS.value)
+    measure = {"throughput": lambda: measures.measure_throughput(config, turns),
+               "step": lambda: measures.measure_step(config, turns),
+               "memory": lambda: measures.measure_memory(config, turns),
+               "start": lambda: measures.measure_start([flag for flag in sys.argv[1:] if flag.startswith("--config")])}
+    result = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+              "command": " ".join(sys.argv[1:]), "config": config.to_dict()}
+    print(result["device"])
+    for name in MEASURE.value:
+      result[name] = measured = measure[name]()
+      for title, rows in measured.items():
+        if title.endswith("rows"):
+          print(f"\n{name}{' ' if title != 'rows' else ''}{title.removesuffix('rows').strip()}\n{format_table(rows)}")
+      print("\n".join(measured.get("notes", [])), flush=True)
+    result["peak memory"] = memory.measure_peak()
+    if OUT.value:
+      pathlib.Path(OUT.value).write_text(json.dumps(result, indent=2, default=str) + "\n")
+  except ValueError as error:
+    sys.exit(f"ValueError: {error}")
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main, flags_parser=parse_flags)

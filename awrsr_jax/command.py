@@ -1,0 +1,37 @@
+"""What the commands of the package share: clear words about wrong flags, and programs kept for the next start."""
+
+import difflib
+import os
+import pathlib
+import sys
+
+import jax
+from absl import app
+
+from awrsr_jax.config import default, walk
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; a config key or file that does not exist is one clear line, not a traceback."""
+  known = [key for key, _ in walk(default())]
+  for flag in argv[1:]:
+    name, _, value = flag.lstrip("-").partition("=")
+    key = name.partition(".")[2]
+    if name.startswith("config.") and key not in known:
+      close = difflib.get_close_matches(key, known, n=3)
+      sys.exit(f"ValueError: --{name}: the config has no such key; "
+               f"{'did you mean ' + ' or '.join(close) + '?' if close else 'awrsr_jax/config.py lists them all'}")
+    if name == "config" and value and not pathlib.Path(value.partition(":")[0]).exists():
+      sys.exit(f"ValueError: --config={value}: no such file, seen from {pathlib.Path.cwd()}")
+  return app.parse_flags_with_usage(argv)
+
+
+def cache_folder() -> pathlib.Path:
+  """Returns the folder of the user for what can be made again."""
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "awrsr_jax"
+
+
+def keep_compiled() -> None:
+  """Has compiled programs kept on disk, so that a second start, or a resumed run, compiles nothing again."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

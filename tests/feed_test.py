@@ -1,0 +1,77 @@
+"""How batches reach the devices: the same run, bit for bit, whoever builds them and however many steps a call makes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from awrsr_jax.engine import feed as feeds
+from awrsr_jax.engine.train import make_job
+
+TESTS = pathlib.Path(__file__).parent
+
+
+# The compiler of the other tests rounds differently where it fuses differently; this is the one that users have.
+RUNS = """
+import pathlib, sys, jax
+jax.config.update("jax_num_cpu_devices", 4)
+import tiny_config
+from resume_test import read_lines, read_result
+from awrsr_jax.engine import processes
+from awrsr_jax.engine.train import train
+folder, found = pathlib.Path(sys.argv[1]), []
+for name, *feeds in (("host", ("host", None)), ("device", ("device", 1)), ("calls of 3", ("device", 3)),
+                     ("changed within an epoch", ("device", 2), ("host", None))):
+  config = tiny_config.get_config()
+  config.mesh.data, config.data.long_history = -1, "windows"
+  for turn, (config.data.feed, config.train.steps_per_call) in enumerate(feeds, 1):
+    try:
+      train(config, folder / name, lambda: turn < len(feeds))
+    except processes.Preempted as notice:
+      print(notice)
+  found.append((read_result(folder / name), read_lines(folder / name)))
+assert all(one == found[0] for one in found), found
+print("equal", len(found))
+"""
+
+
+def test_device_and_host_and_several_steps_a_call_train_bit_equal(tmp_path):
+  environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
+  done = subprocess.run([sys.executable, "-c", RUNS, tmp_path], env=environment, capture_output=True,
+                        text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[-1] == "equal 4" and "at step" in done.stdout
+
+
+def test_an_epoch_on_the_devices_has_the_batches_of_the_host(small_config):
+  small_config.data.feed = "device"
+  job = make_job(small_config)
+  build = jax.jit(lambda feed, index, length: feeds.build_batch(feed, index, length, job.mesh), static_argnums=2)
+  calls = feeds.resident_calls(job.mesh, job.batches, job.items, 0, 1, job.steps_to_pause)
+  lengths = set()
+  for step, call in enumerate(calls):
+    expected, (length,) = job.batches[step], call.lengths
+    lengths.add(length)
+    made = build(call.feed, call.feed["first"], length)
+    for name in expected:
+      np.testing.assert_array_equal(made[name], expected[name])
+  assert step + 1 == len(job.batches) and lengths == set(job.batches.buckets)
+
+
+def test_calls_end_where_the_host_has_something_to_do(small_config):
+  small_config.data.feed, small_config.checkpoint.every_steps = "device", 5  # a line every 3 steps, epochs of 4
+  job = make_job(small_config)
+  calls = feeds.resident_calls(job.mesh, job.batches, job.items, 1, 16, job.steps_to_pause)
+  assert [call.steps for call in calls] == [2, 1, 1, 1, 2]  # to 3, 4, 5, 6, 8
+  assert all(call.lengths == job.batches.buckets for call in calls)
+
+
+def test_where_a_corpus_lives(small_config, monkeypatch):
+  assert make_job(small_config).items is not None
+  monkeypatch.setattr(feeds, "RESIDENT_BYTES", 100)
+  assert make_job(small_config).items is None
+  small_config.data.feed = "device"
+  assert make_job(small_config).items is not None
