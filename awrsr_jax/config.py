@@ -134,7 +134,7 @@ def default() -> ml_collections.ConfigDict:
   config.eval.protocol = "full"  # full | uniform100 | popular100 (sampled: for comparing with old papers only)
   config.eval.every_epochs = 1
   config.eval.batch_size = 256  # users
-  config.eval.block_items = 4096  # items scored at a time: bounds memory, changes no rank
+  config.eval.block_items = 65_536  # items scored at a time: bounds memory, changes no rank
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 1000  # and after every evaluation

@@ -29,6 +29,7 @@ PROTOCOLS = {
     "popular100": "leave-one-out, SAMPLED: the target among 100 items drawn by popularity outside the user's history "
                   "(not comparable with full ranking)",
 }
+EXACT = 1 << 23  # items: so many halves are exact as float32
 BATCHES_AHEAD = 4  # that devices may have waiting, so that they never do and a notice to stop is heard soon
 TIE_RULE = "rank = 1 + items scored higher + half of the other items tied with the target"
 
@@ -55,7 +56,7 @@ def rank_among_all(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Hidd
   """
   def rank_rows(catalogue: Any, hidden: Hidden, target_B: jax.Array, seen_BxS: jax.Array) -> jax.Array:
     rows = len(jax.tree.leaves(catalogue)[0])
-    size = min(block_items, rows)
+    size = min(block_items, rows, EXACT)
     starts = jnp.arange(0, rows, size)
     first_row = jax.lax.axis_index("model") * rows
     user = jnp.arange(len(target_B))
@@ -81,24 +82,36 @@ def rank_among_all(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Hidd
     target_score_B = go_through(read_target, jnp.full(len(target_B), -jnp.inf))
     target_score_B = jax.lax.pmax(target_score_B, "model")
 
-    def compare(carry: tuple[jax.Array, jax.Array], start: int | jax.Array) -> tuple[Any, None]:
-      halves, broken = carry
-      scores, item, new = only or score_block(start)
-      broken |= jnp.any(jnp.isnan(scores), axis=1)
-      column = jnp.where((seen_BxS >= item[0]) & (seen_BxS <= item[-1]), seen_BxS - item[0], size)
-      scores = scores.at[user[:, None], column].set(-jnp.inf, mode="drop")
-      rival = new[None] & (item[None] != target_B[:, None]) & (scores > -jnp.inf)
-      above = (scores > target_score_B[:, None]).astype(jnp.int32) + (scores >= target_score_B[:, None])
-      return (halves + jnp.sum(jnp.where(rival, above, 0), axis=1), broken), None  # 2 if higher, 1 if tied
+    def halves(scores: jax.Array) -> jax.Array:
+      """Returns 2 where a score is higher than the target's, 1 where it is tied, NaN where it is broken."""
+      above = (scores > target_score_B[:, None]).astype(jnp.float32) + (scores >= target_score_B[:, None])
+      return jnp.where(jnp.isnan(scores), jnp.nan, jnp.where(scores > -jnp.inf, above, 0))
 
-    halves, broken = go_through(compare, (jnp.zeros(len(target_B), jnp.int32), jnp.zeros(len(target_B), bool)))
-    halves, broken = jax.lax.psum((halves, broken.astype(jnp.int32)), "model")
-    return jnp.where(broken > 0, jnp.nan, 1 + halves / 2)
+    def compare(carry: tuple[jax.Array, jax.Array], start: int | jax.Array) -> tuple[Any, None]:
+      total, broken = carry
+      scores, item, new = only or score_block(start)
+      column = jnp.clip(apart - item[0], 0, size - 1)
+      here = (apart == item[column]) & new[column]
+      count = jnp.sum(jnp.where(new[None], halves(scores), 0), axis=1) - jnp.sum(
+          jnp.where(here, halves(jnp.take_along_axis(scores, column, axis=1)), 0), axis=1)
+      return (total + jnp.nan_to_num(count).astype(jnp.int32), broken | jnp.isnan(count)), None
+
+    apart = jnp.concatenate([target_B[:, None], once(seen_BxS, target_B)], axis=1)  # no rivals
+    total, broken = go_through(compare, (jnp.zeros(len(target_B), jnp.int32), jnp.zeros(len(target_B), bool)))
+    total, broken = jax.lax.psum((total, broken.astype(jnp.int32)), "model")
+    return jnp.where(broken > 0, jnp.nan, 1 + total / 2)
 
   users = PartitionSpec("data")
   ranks = jax.shard_map(rank_rows, mesh=mesh, in_specs=(PartitionSpec("model"), users, users, users), out_specs=users,
                         check_vma=False)
   return ranks(catalogue, hidden, target_B, seen_BxS)
+
+
+def once(seen_BxS: jax.Array, target_B: jax.Array) -> jax.Array:
+  """Returns (B, S): each item of a history once, without the target; the rest is 0."""
+  seen = jnp.sort(seen_BxS, axis=1)
+  repeated = jnp.concatenate([jnp.zeros_like(seen[:, :1], bool), seen[:, 1:] == seen[:, :-1]], axis=1)
+  return jnp.where(repeated | (seen == target_B[:, None]), 0, seen)
 
 
 def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, target_B: jax.Array,

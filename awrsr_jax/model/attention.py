@@ -62,8 +62,8 @@ def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
   Args:
     q_HxBxLxE, k_HxBxLxE: whose products are the scores; E need not be h.
     real_BxL: which positions are real.
-    read: (weights_HxBxbxK float32, rows_b) -> tree of (H, B, b, ...), what is wanted of the rows with these numbers;
-      their weights beyond the first K keys are 0.
+    read: (weights_HxBxbxK float32, rows_b) -> tree of (H, B, b, ...), what is wanted of the rows with these numbers,
+      each by itself; their weights beyond the first K keys are 0. Of rows without any key it comes out as 0.
     precision: of the scores.
 
   Returns:
@@ -79,8 +79,9 @@ def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
     scores = jnp.einsum("hbie,hbje->hbij", q_HxBxbxE, k_HxBxLxE[:, :, :keys], precision=precision,
                         preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, HIDDEN)
-    has_key = jnp.any(mask, axis=-1, keepdims=True)
-    return read(jnp.where(has_key, jax.nn.softmax(scores, axis=-1), 0), rows)
+    has_key = jnp.any(mask, axis=-1)  # rows without one are put to 0 after they are read, when they are narrow
+    return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(has_key, range(3, x.ndim)), x, 0),
+                        read(jax.nn.softmax(scores, axis=-1), rows))
 
   if blocks == 1:
     return block(length, q_HxBxLxE, 0)
