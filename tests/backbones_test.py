@@ -42,6 +42,10 @@ def encode(backbone: Any, params: Any, inputs: np.ndarray, **options: Any) -> np
   return np.asarray(join(backbone.apply({"params": params}, inputs, method="encode", **options)))
 
 
+def encode_hidden(backbone: Any, params: Any, inputs: np.ndarray, newest: bool) -> jax.Array:
+  return join(backbone.apply({"params": params}, inputs, newest=newest, method="encode"))
+
+
 def join(hidden: Hidden) -> jax.Array:
   return hidden.mean if hidden.cov is None else jnp.concatenate([hidden.mean, hidden.cov], axis=-1)
 
@@ -232,6 +236,20 @@ def test_newest_is_the_last_column_of_mean_and_covariance():
   np.testing.assert_array_equal(hidden.mean, x[:, -1])
   np.testing.assert_array_equal(hidden.cov, x[:, -1] + 100)
   assert Hidden(mean=x).newest().cov is None
+
+
+@pytest.mark.parametrize("implementation", ["reference", "auto"])
+@pytest.mark.parametrize("kind, variant, order, norm", [
+    *((kind, variant, 1, "pre") for kind in ("sasrec", "stosa") for variant in VARIANTS),
+    ("sasrec", "value", 2, "post"), ("sasrec", "additive_on_weights", 2, "pre"), ("sasrec", "none", 1, "query"),
+    ("published", "none", 1, "post"), ("published", "stochastic", 1, "post")])
+def test_the_newest_column_alone_is_that_of_all(kind, variant, order, norm, implementation):
+  backbone, params = build(variant, order, norm, kind, attention__implementation=implementation)
+  run = lambda newest: jax.jit(functools.partial(  # noqa: E731
+      encode_hidden, backbone, newest=newest))(params, INPUTS)
+  whole, newest = run(False), run(True)
+  assert newest.shape[1] == 1
+  np.testing.assert_allclose(newest, whole[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_items, multiple, rows", [(40, 8, 48), (39, 8, 40), (12, 1, 13), (7, 8, 8), (8, 8, 16)])

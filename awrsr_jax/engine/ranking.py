@@ -132,7 +132,7 @@ def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> Callabl
   """
   def rank_step(params: Any, feed: Feed, lengths: tuple[int, int] | None = None) -> tuple[jax.Array, jax.Array]:
     batch = feed if lengths is None else _build_batch(feed, *lengths, mesh)
-    hidden = backbone.apply({"params": params}, batch["inputs"], method="encode").newest()
+    hidden = backbone.apply({"params": params}, batch["inputs"], newest=True, method="encode").newest()
     if "candidates" in batch:
       ranks = rank_among_candidates(backbone, params, hidden, batch["target"], batch["candidates"])
     else:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 HIDDEN = -1e30  # a score that no real score reaches, and exp() turns into exactly 0
 BLOCK = 64  # rows of weights at a time
-STAIRS = 8  # the most programs of one pass: each looks at as many keys as its newest row may
+STAIRS = 4  # the most programs of one pass: each looks at as many keys as its newest row may
 
 
 def split_heads(x_BxLxD: jax.Array, heads: int) -> jax.Array:
@@ -52,7 +52,7 @@ def attend(weights_BxHxLxL: jax.Array, v_BxLxHxh: jax.Array) -> jax.Array:
   return jnp.einsum("bhij,bjhd->bihd", weights_BxHxLxL.astype(v_BxLxHxh.dtype), v_BxLxHxh)
 
 
-def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.Array,
+def attend_in_blocks(q_HxBxQxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.Array,
                      read: Callable[[jax.Array, jax.Array], Any], precision: str | None = None) -> Any:
   """Reads weights A = softmax_M(Q K^T) a block of rows at a time, in memory that grows with L, not with its square.
 
@@ -60,21 +60,22 @@ def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
   blocks, the backward pass makes their weights again.
 
   Args:
-    q_HxBxLxE, k_HxBxLxE: whose products are the scores; E need not be h.
+    q_HxBxQxE, k_HxBxLxE: whose products are the scores, the queries those of the newest Q rows; E need not be h.
     real_BxL: which positions are real.
     read: (weights_HxBxbxK float32, rows_b) -> tree of (H, B, b, ...), what is wanted of the rows with these numbers,
       each by itself; their weights beyond the first K keys are 0. Of rows without any key it comes out as 0.
     precision: of the scores.
 
   Returns:
-    The tree, its leaves (H, B, L, ...).
+    The tree, its leaves (H, B, Q, ...).
   """
-  length = q_HxBxLxE.shape[2]
-  blocks = -(-length // BLOCK)
-  size, per_stair = -(-length // blocks), -(-blocks // STAIRS)
+  count, length = q_HxBxQxE.shape[2], k_HxBxLxE.shape[2]
+  older = length - count
+  blocks = -(-count // BLOCK)
+  size, per_stair = -(-count // blocks), -(-blocks // STAIRS)
 
   def block(keys: int, q_HxBxbxE: jax.Array, first: jax.Array) -> Any:
-    rows = first + jnp.arange(size)
+    rows = older + first + jnp.arange(size)
     mask = (real_BxL[:, None, :keys] & (jnp.arange(keys)[None] <= rows[:, None])[None])[None]
     scores = jnp.einsum("hbie,hbje->hbij", q_HxBxbxE, k_HxBxLxE[:, :, :keys], precision=precision,
                         preferred_element_type=jnp.float32)
@@ -84,13 +85,13 @@ def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
                         read(jax.nn.softmax(scores, axis=-1), rows))
 
   if blocks == 1:
-    return block(length, q_HxBxLxE, 0)
-  tail = -length % (size * per_stair)
-  q_HxBxLxE = jnp.pad(q_HxBxLxE, [(0, 0), (0, 0), (0, tail), (0, 0)])
+    return block(length, q_HxBxQxE, 0)
+  tail = -count % (size * per_stair)
+  q_HxBxQxE = jnp.pad(q_HxBxQxE, [(0, 0), (0, 0), (0, tail), (0, 0)])
   results = []
-  for start in range(0, length, size * per_stair):
-    again = jax.checkpoint(functools.partial(block, min(start + size * per_stair, length)))
-    stair = q_HxBxLxE[:, :, start:start + size * per_stair]
+  for start in range(0, count, size * per_stair):
+    again = jax.checkpoint(functools.partial(block, min(older + start + size * per_stair, length)))
+    stair = q_HxBxQxE[:, :, start:start + size * per_stair]
     if per_stair == 1:
       results.append(again(stair, start))
       continue
@@ -99,4 +100,4 @@ def attend_in_blocks(q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
                               (cut, start + size * jnp.arange(per_stair)))
     results.append(jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]), stacked))
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2)[:, :, :length], *results)
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2)[:, :, :count], *results)

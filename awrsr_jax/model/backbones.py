@@ -1,9 +1,9 @@
 """Backbones: item ids -> hidden states -> item scores. A larger score is always better.
 
 The contract, which is all that the rest of the package knows of a backbone:
-  encode(inputs_BxL, train) -> Hidden        items(numbers) -> Hidden, the items themselves
-  score(hidden, items) -> candidate scores   score_all(hidden) -> scores of all table rows
-  catalogue() -> tree of item tables (V, D)  score_rows(hidden, rows) -> scores of any rows of them; needs no parameters
+  encode(inputs_BxL, train, newest) -> Hidden  items(numbers) -> Hidden, the items themselves
+  score(hidden, items) -> candidate scores     score_all(hidden) -> scores of all table rows
+  catalogue() -> tree of item tables (V, D)    score_rows(hidden, rows) -> scores of any rows of them; needs no parameters
   num_items: I
 Shapes: B batch, L length, D width, H heads.
 """

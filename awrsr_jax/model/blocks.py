@@ -66,19 +66,23 @@ class SelfAttention(nn.Module):
   implementation: str  # auto, reference or fused
 
   @nn.compact
-  def __call__(self, query_BxLxD: jax.Array, x_BxLxD: jax.Array, real_BxL: jax.Array, train: bool) -> jax.Array:
-    """Returns (B, L, D); query_BxLxD gives the queries, x_BxLxD keys and values."""
+  def __call__(self, query_BxLxD: jax.Array, x_BxLxD: jax.Array, real_BxL: jax.Array, train: bool,
+               newest: bool = False) -> jax.Array:
+    """Returns (B, L, D), or the newest column of it; query_BxLxD gives the queries, x_BxLxD keys and values."""
     width = x_BxLxD.shape[-1]
+    if newest and not self.refinement.combine:
+      query_BxLxD = query_BxLxD[:, -1:]
     q, k, v = (split_heads(nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name=name)(x), self.heads)
                for name, x in (("query", query_BxLxD), ("key", x_BxLxD), ("value", x_BxLxD)))
     drop = draw_drop(self, self.dropout, train)
     if in_blocks(self, self.implementation, self.refinement.refuses_blocks(squares=False)):
       q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q * q.shape[-1] ** -0.5, k, v))
-      out_BxLxHxh = jnp.moveaxis(self.refinement.attend(q, k, real_BxL, (v,), drop)[0], 0, 2)
+      out_BxLxHxh = jnp.moveaxis(self.refinement.attend(q, k, real_BxL, (v,), drop, newest=newest)[0], 0, 2)
     else:
-      kept_BxHxLxL, _ = self.refinement.weights(dot_scores(q, k), causal_mask(real_BxL), drop)
-      out_BxLxHxh = attend(kept_BxHxLxL, v)
-    return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name="out")(out_BxLxHxh.reshape(x_BxLxD.shape))
+      kept_BxHxLxL, _ = self.refinement.weights(dot_scores(q, k), causal_mask(real_BxL)[:, :, -q.shape[1]:], drop)
+      out_BxLxHxh = attend(kept_BxHxLxL, v)[:, -1 if newest else 0:]
+    return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name="out")(
+        out_BxLxHxh.reshape(*out_BxLxHxh.shape[:2], width))
 
 
 class FeedForward(nn.Module):
@@ -111,21 +115,22 @@ class Block(nn.Module):
   norm: str
 
   @nn.compact
-  def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, train: bool) -> jax.Array:
-    """Returns (B, L, D), 0 where padded."""
+  def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, train: bool, newest: bool = False) -> jax.Array:
+    """Returns (B, L, D), or the newest column of it; 0 where padded."""
+    kept = slice(-1 if newest else 0, None)
     norm_1, norm_2 = (nn.LayerNorm(name=name) for name in ("norm_attention", "norm_feed_forward"))
     x, dtype = x_BxLxD, x_BxLxD.dtype
     match self.norm:
       case "pre":
         y = norm_1(x).astype(dtype)
-        x = x + self.attention(y, y, real_BxL, train)
+        x = x[:, kept] + self.attention(y, y, real_BxL, train, newest)
         x = x + self.feed_forward(norm_2(x).astype(dtype), train)
       case "post":
-        x = norm_1(x + self.attention(x, x, real_BxL, train)).astype(dtype)
+        x = norm_1(x[:, kept] + self.attention(x, x, real_BxL, train, newest)).astype(dtype)
         x = norm_2(x + self.feed_forward(x, train)).astype(dtype)
       case "query":
         y = norm_1(x).astype(dtype)
-        x = y + self.attention(y, x, real_BxL, train)
+        x = y[:, kept] + self.attention(y, x, real_BxL, train, newest)
         y = norm_2(x).astype(dtype)
         x = y + self.feed_forward(y, train)
-    return x * real_BxL[..., None]
+    return x * real_BxL[:, kept, None]

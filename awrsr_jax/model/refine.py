@@ -128,7 +128,8 @@ class Refinement(nn.Module):
     return kept, weights
 
   def attend(self, q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.Array, values: tuple[jax.Array, ...],
-             drop: Drop | None, square: Callable | None = None, precision: str | None = None) -> tuple[jax.Array, ...]:
+             drop: Drop | None, square: Callable | None = None, precision: str | None = None,
+             newest: bool = False) -> tuple[jax.Array, ...]:
     """Sums values by refined weights, in memory that grows with L.
 
     Args:
@@ -138,11 +139,13 @@ class Refinement(nn.Module):
       drop: as in `weights`.
       square: (kept weights, weights) -> what the second of the values is summed by.
       precision: of first-order scores.
+      newest: only the last row is wanted; plain attention then needs no more queries either.
 
     Returns:
-      The sums, in the shapes and dtypes of the values.
+      The sums, in the shapes and dtypes of the values; L is 1 where only the newest are wanted.
     """
-    heads, batch, length, _ = q_HxBxLxE.shape
+    heads, batch, length, _ = k_HxBxLxE.shape
+    last = lambda x_HxBxLxE: x_HxBxLxE[:, :, -1:] if newest else x_HxBxLxE  # noqa: E731
     first_rows = number_rows((heads, batch, 1)) * jnp.uint32(length)  # in the numbering of `weights`
     dropped = lambda weights, rows: (  # noqa: E731
         weights if drop is None else drop(weights, first_rows + rows.astype(jnp.uint32)[None, None]))
@@ -171,7 +174,7 @@ class Refinement(nn.Module):
         query, key = self._as_dot(*features)
         q, k = ((jnp.concatenate(pair, axis=-1) for pair in ((q, query), (k, key)))
                 if self.combine == "additive" else (query, key))
-      return read(q, k, read=sum_values)
+      return read(last(q), k, read=sum_values)
 
     def sum_all(weights: jax.Array, kept: jax.Array, orders: slice) -> tuple[jax.Array, list[list[jax.Array]]]:
       return sum_by(kept, values[0]), sum_tables(weights, orders)
@@ -181,17 +184,16 @@ class Refinement(nn.Module):
     for order in range(len(self.tables)):
       (features, *tables), later = tables, slice(order + 1, None)
       query, key = self._as_dot(*features)
-      before = value, tables
-      keep = dropped if order + 1 == len(self.tables) else lambda weights, _: weights
+      keep, cut = (dropped, last) if order + 1 == len(self.tables) else (lambda weights, _: weights, lambda x: x)
       if self.combine == "value":  # (P A) [V, W] = P (A [V, W])
-        value, tables = read(query, key, read=lambda weights, rows: jax.tree.map(
-            functools.partial(sum_by, keep(weights, rows)), before))  # noqa: B023 (read at once)
+        value, tables = read(cut(query), key, read=lambda weights, rows: jax.tree.map(
+            functools.partial(sum_by, keep(weights, rows)), (value, tables)))  # noqa: B023 (read at once)
       else:  # (1 - g) A [V, W] + g P [V, W]
         gate = nn.sigmoid(self.gates[order]).swapaxes(0, 1)
-        mixed = read(query, key, read=lambda weights, rows: sum_all(
+        mixed = read(cut(query), key, read=lambda weights, rows: sum_all(
             weights, keep(weights, rows), later))  # noqa: B023
-        value, tables = jax.tree.map(lambda old, new: ((1 - gate) * old + gate * new).astype(old.dtype),  # noqa: B023
-                                     before, mixed)
+        value, tables = jax.tree.map(
+            lambda old, new: ((1 - gate) * cut(old) + gate * new).astype(old.dtype), (value, tables), mixed)  # noqa: B023
     return (value,)
 
   def _correlate(self, *features: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ class SASRec(Backbone):
     model, dtype = self.model, jnp.dtype(self.model.dtype)
     rows = table_rows(self.num_items, model.table_multiple)
     self.embedding = Embedding(rows, self.max_length, model.width, model.dropout, dtype, scale=model.width ** 0.5)
-    block = nn.remat(Block, static_argnums=(3,)) if model.remat else Block  # 3 is `train`
+    block = nn.remat(Block, static_argnums=(3, 4)) if model.remat else Block  # `train`, `newest`
     self.blocks = [
         block(attention=SelfAttention(model.heads, attention_rate(model), dtype,
                                       build_refinement(model, self.max_length), model.attention.implementation),
@@ -27,20 +27,22 @@ class SASRec(Backbone):
         for _ in range(model.layers)]
     self.norm_out = nn.LayerNorm() if model.norm != "post" else lambda x: x  # post-norm blocks end normalised
 
-  def encode(self, inputs_BxL: jax.Array, train: bool = False) -> Hidden:
+  def encode(self, inputs_BxL: jax.Array, train: bool = False, newest: bool = False) -> Hidden:
     """Encodes left-padded histories.
 
     Args:
       inputs_BxL: int32 item numbers, L <= n, 0 is padding.
       train: True applies dropout and needs a key for "dropout".
+      newest: only the last column is wanted: the last layer works for no other.
 
     Returns:
       Hidden with mean (B, L, D) float32: position t knows items up to t. Padded positions hold no information.
+      With `newest`, (B, 1, D).
     """
     real_BxL = inputs_BxL > 0
     x_BxLxD = self.embedding(inputs_BxL, train)
     for block in self.blocks:
-      x_BxLxD = block(x_BxLxD, real_BxL, train)
+      x_BxLxD = block(x_BxLxD, real_BxL, train, newest and block is self.blocks[-1])
     return Hidden(mean=self.norm_out(x_BxLxD).astype(jnp.float32))
 
   def items(self, numbers: jax.Array) -> Hidden:

@@ -43,9 +43,11 @@ class GaussianSelfAttention(nn.Module):
   faithful: bool
 
   @nn.compact
-  def __call__(self, query: Streams, x: Streams, real_BxL: jax.Array, train: bool) -> Streams:
-    """`query` gives the queries, `x` keys and values."""
+  def __call__(self, query: Streams, x: Streams, real_BxL: jax.Array, train: bool, newest: bool = False) -> Streams:
+    """`query` gives the queries, `x` keys and values; `newest`: only the last column is wanted."""
     width = x[0].shape[-1]
+    if newest and not self.refinement.combine:
+      query = tuple(x[:, -1:] for x in query)
     dense = lambda name, x: nn.Dense(width, dtype=self.dtype, kernel_init=initializer, name=name)(x)  # noqa: E731
     inputs = {"query": query, "key": x, "value": x}
     (mean_q, cov_q), (mean_k, cov_k), (mean_v, cov_v) = (
@@ -56,13 +58,16 @@ class GaussianSelfAttention(nn.Module):
     if in_blocks(self, self.implementation, self.refinement.refuses_blocks(squares=True)):
       q, k = wasserstein_as_dot(*(jnp.moveaxis(x, 2, 0) for x in (mean_q, cov_q, mean_k, cov_k)))
       values = tuple(jnp.moveaxis(x, 2, 0) for x in (mean_v, cov_v))
-      outs = self.refinement.attend(q * scale, k, real_BxL, values, drop, square, precision="highest")
+      outs = self.refinement.attend(q * scale, k, real_BxL, values, drop, square, "highest", newest)
       mean, cov = (jnp.moveaxis(out, 0, 2) for out in outs)
     else:
       distances_BxHxLxL = pairwise_wasserstein(*(jnp.moveaxis(x, 2, 1) for x in (mean_q, cov_q, mean_k, cov_k)))
-      kept, weights = self.refinement.weights(-distances_BxHxLxL * scale, causal_mask(real_BxL), drop)
-      mean, cov = attend(kept, mean_v), attend(square(kept, weights), cov_v)
-    outs = (dense("out_mean", mean.reshape(query[0].shape)), dense("out_cov", cov.reshape(query[0].shape)))
+      kept, weights = self.refinement.weights(-distances_BxHxLxL * scale,
+                                              causal_mask(real_BxL)[:, :, -mean_q.shape[1]:], drop)
+      kept, squares = (x[:, :, -1 if newest else 0:] for x in (kept, square(kept, weights)))
+      mean, cov = attend(kept, mean_v), attend(squares, cov_v)
+    outs = tuple(dense(f"out_{stream}", out.reshape(*out.shape[:2], width)) for stream, out in
+                 (("mean", mean), ("cov", cov)))
     return tuple(dropout(self, out, self.dropout_out, train) for out in outs)
 
 
@@ -85,8 +90,9 @@ class GaussianBlock(nn.Module):
   faithful: bool
 
   @nn.compact
-  def __call__(self, x: Streams, real_BxL: jax.Array, train: bool) -> Streams:
+  def __call__(self, x: Streams, real_BxL: jax.Array, train: bool, newest: bool = False) -> Streams:
     dtype = x[0].dtype
+    kept = lambda x: tuple(x[:, -1:] for x in x) if newest else x  # noqa: E731
     norm = lambda name: gaussian_norm(self.faithful, name)  # noqa: E731
     norms_1 = (norm("norm_attention"),) * 2 if self.faithful else (
         norm("norm_attention_mean"), norm("norm_attention_cov"))
@@ -97,14 +103,14 @@ class GaussianBlock(nn.Module):
     match self.norm:
       case "pre":
         y = each(norms_1, x)
-        x = add(x, self.attention(y, y, real_BxL, train))
+        x = add(kept(x), self.attention(y, y, real_BxL, train, newest))
         x = add(x, feed(each(norms_2, x)))
       case "post":
-        x = each(norms_1, add(x, self.attention(x, x, real_BxL, train)))
+        x = each(norms_1, add(kept(x), self.attention(x, x, real_BxL, train, newest)))
         x = each(norms_2, add(x, feed(x)))
       case "query":
         y = each(norms_1, x)
-        x = add(y, self.attention(y, x, real_BxL, train))
+        x = add(kept(y), self.attention(y, x, real_BxL, train, newest))
         y = each(norms_2, x)
         x = add(y, feed(y))
     return x
@@ -135,7 +141,7 @@ class STOSA(Backbone):
       self.norm_in = norm()
     norms_in = (self.norm_in,) * 2 if model.faithful else (norm(), norm())
     self.embedding_mean, self.embedding_cov = (embedding(norm_in) for norm_in in norms_in)
-    block = nn.remat(GaussianBlock, static_argnums=(3,)) if model.remat else GaussianBlock  # 3 is `train`
+    block = nn.remat(GaussianBlock, static_argnums=(3, 4)) if model.remat else GaussianBlock  # `train`, `newest`
     self.blocks = [
         block(
             attention=GaussianSelfAttention(model.heads, attention_rate(model), model.dropout, dtype,
@@ -148,29 +154,31 @@ class STOSA(Backbone):
       norm_out = norm if model.norm != "post" else lambda: lambda x: x  # post-norm blocks end normalised
       self.norm_out_mean, self.norm_out_cov = norm_out(), norm_out()
 
-  def encode(self, inputs_BxL: jax.Array, train: bool = False) -> Hidden:
+  def encode(self, inputs_BxL: jax.Array, train: bool = False, newest: bool = False) -> Hidden:
     """Encodes left-padded histories.
 
     Args:
       inputs_BxL: int32 item numbers, L <= n, 0 is padding.
       train: True applies dropout and needs a key for "dropout".
+      newest: only the last column is wanted: the last layer works for no other.
 
     Returns:
       Hidden with mean and cov (B, L, D) float32: position t knows items up to t. Padded positions are mean 0, cov 1.
+      With `newest`, (B, 1, D).
     """
     faithful, real = self.model.faithful, inputs_BxL > 0
     mean, cov = self.embedding_mean(inputs_BxL, train), self.embedding_cov(inputs_BxL, train)
     if faithful:
       mean, cov = nn.elu(mean), covariance(cov)
     for block in self.blocks:
-      block_mean, cov = block((mean, cov), real, train)
+      block_mean, cov = block((mean, cov), real, train, newest and block is self.blocks[-1])
       if faithful:
         cov = covariance(cov)
       else:
         mean = block_mean
     if not faithful:
       mean, cov = self.norm_out_mean(mean), covariance(self.norm_out_cov(cov))
-    real = real[..., None]
+    mean, real = mean[:, -cov.shape[1]:], real[:, -cov.shape[1]:, None]
     return Hidden(mean=jnp.where(real, mean.astype(jnp.float32), 0), cov=jnp.where(real, cov, 1))
 
   def items(self, numbers: jax.Array) -> Hidden:
