@@ -20,6 +20,7 @@ import numpy as np
 from awrsr_jax.config import default, finalize
 from awrsr_jax.data.batches import TrainBatches
 from awrsr_jax.engine import mesh as meshes
+from awrsr_jax.engine.objective import CHUNK_POSITIONS
 from awrsr_jax.engine.state import init_state, make_optimizer
 from awrsr_jax.engine.step import make_train_step
 from awrsr_jax.model.backbones import build_backbone
@@ -55,8 +56,11 @@ def predict(config: Any, data: int, model: int) -> tuple[float, float]:
   return operations, 4 * (over_data + over_model)
 
 
-def walk(program: str) -> Iterator[tuple[str, int]]:
-  """Yields (line, how often it runs) of a compiled program, through its loops and calls."""
+def walk(program: str, chunks: int) -> Iterator[tuple[str, int]]:
+  """Yields (line, how often it runs) of a compiled program, through its loops and calls.
+
+  The one loop whose count depends on the data, over chunks of real positions in the full softmax, runs `chunks` times.
+  """
   bodies: dict[str, list[str]] = {}
   name = entry = ""
   for line in program.splitlines():
@@ -73,17 +77,17 @@ def walk(program: str) -> Iterator[tuple[str, int]]:
       trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
       for called in re.findall(r"(?:body|to_apply|calls)=%?([\w.\-]+)", line):
         if " all-reduce" not in line and " reduce(" not in line and " scatter(" not in line:
-          yield from visit(called, times * (int(trips[1]) if trips else 1))
+          yield from visit(called, times * (int(trips[1]) if trips else chunks if "body=" in line else 1))
 
   yield from visit(entry, 1)
 
 
-def read(program: str) -> tuple[float, float]:
+def read(program: str, chunks: int) -> tuple[float, float]:
   """Returns (operations of matrix products, bytes sent) of a compiled program on each device."""
   operations = sent = 0
   shapes = dict(re.findall(r"%([\w.\-]+) = \w+\[([\d,]*)\]", program))
   size = lambda shape: math.prod(int(n) for n in shape.split(",") if n)  # noqa: E731
-  for line, times in walk(program):
+  for line, times in walk(program, chunks):
     dot = re.search(r"= \w+\[([\d,]*)\]\S* dot\(%?([\w.\-]+),.*lhs_contracting_dims=\{([\d,]*)\}", line)
     if dot:
       sides = shapes[dot[2]].split(",")
@@ -130,7 +134,9 @@ def main() -> None:
         state, report = jax.block_until_ready(step(state, batch, popularity))
         times.append(time.monotonic() - began)
       alone = alone or min(times)
-      (flop, sent), (real_flop, real_sent) = predict(config, data, model), read(step.as_text())
+      positions = rows[0].size // data  # of a device; all are real
+      chunks = -(-positions // min(positions, CHUNK_POSITIONS))
+      (flop, sent), (real_flop, real_sent) = predict(config, data, model), read(step.as_text(), chunks)
       print(f"| {loss} | {data} x {model} | {flop / 1e6:,.0f} | {real_flop / 1e6:,.0f} | {sent / 1e6:.2f} | "
             f"{real_sent / 1e6:.2f} | {min(times) / alone:.2f} |", flush=True)
   print(f"{time_rows():,.0f} rows a second")

@@ -74,7 +74,7 @@ def test_attention_memory_is_linear_in_blocks_and_the_loss_keeps_no_matrix(small
 
 def test_work_grows_as_the_formula_says(small_config):
   small_config.model.refine, small_config.loss.name = "none", "softmax"
-  operations, moved = measures.count_work(finalize(small_config))
+  operations, moved = measures.count_work(finalize(small_config), 40)
   # 16 x 8 positions; 4 x 8 x 8 of q, k, v, out; 2 x 8 x 16 of the block; attention over 4.5 keys; 40 items
   assert operations == 6 * 128 * (256 + 256 + 2 * 8 * 4.5 + 40 * 8)
   assert moved == 32 * measures.count_parameters(finalize(small_config), 40)

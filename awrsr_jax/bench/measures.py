@@ -22,7 +22,7 @@ from awrsr_jax.bench.contenders import Ours, Peer
 from awrsr_jax.engine import memory, objective
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import init_state
-from awrsr_jax.engine.train import make_job
+from awrsr_jax.engine.train import Job, make_job
 from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.blocks import SelfAttention
 from awrsr_jax.model.hidden import hide_other_rows
@@ -93,12 +93,12 @@ def measure_step(config: ml_collections.ConfigDict, turns: Turns) -> dict[str, A
         count += 1
       times[name].append((time.perf_counter() - begin) / count)
   rows, first = [], statistics.median(times[contenders[0][0]])
-  for name, _, compiled, config in contenders:
+  for name, _, compiled, job in contenders:
     seconds = statistics.median(times[name])
     row = {"": name, "ms": seconds * 1e3, f"over {contenders[0][0]}": seconds / first,
            "plan MiB": memory.count_bytes(compiled) / 2 ** 20}
-    if config.model.backbone == "sasrec":
-      operations, moved = count_work(config)
+    if job.config.model.backbone == "sasrec":
+      operations, moved = count_work(job.config, job.corpus.num_items)
       floor = max(operations / peak, moved / bandwidth)
       row |= {"GFLOP": operations / 1e9, "floor ms": floor * 1e3, "over floor": seconds / floor}
     rows.append(row)
@@ -107,8 +107,8 @@ def measure_step(config: ml_collections.ConfigDict, turns: Turns) -> dict[str, A
           "times": times}
 
 
-def prepare_step(config: Any) -> tuple[Callable[[], None], jax.stages.Compiled, Any]:
-  """Returns a train step on a batch where every position is real, compiled; with its config, finalized."""
+def prepare_step(config: Any) -> tuple[Callable[[], None], jax.stages.Compiled, Job]:
+  """Returns a train step on a batch where every position is real, the program behind it, and its job."""
   job = make_job(config)
   config, mesh = job.config, job.mesh
   rng = np.random.default_rng(0)
@@ -123,10 +123,10 @@ def prepare_step(config: Any) -> tuple[Callable[[], None], jax.stages.Compiled, 
     jax.block_until_ready(state)
 
   step()
-  return step, compiled, config
+  return step, compiled, job
 
 
-def count_work(config: Any) -> tuple[float, float]:
+def count_work(config: Any, items: int) -> tuple[float, float]:
   """Returns (operations, bytes) that a SASRec train step of full length cannot do without; see docs/performance.md.
 
   Products of the blocks, of attention over the keys that a query may look at, and of the loss, three times each: once
@@ -138,9 +138,7 @@ def count_work(config: Any) -> tuple[float, float]:
               "value": 3 * width + 3 * rank * model.heads, "additive": 3 * width + 3 * rank * model.heads,
               "stochastic": 2 * width + 6 * rank * model.heads}[model.refine]  # widths of the products with weights
   attention = features * (length + 1) / 2
-  items = make_job(config).corpus.num_items
-  scored = {"softmax": items, "sampled_softmax": config.loss.num_negatives + 1}.get(
-      config.loss.name, config.loss.num_negatives + 1)
+  scored = items if config.loss.name == "softmax" else config.loss.num_negatives + 1
   blocks = model.layers * (4 * width ** 2 + 2 * width * model.ffn_width + attention)
   return 3 * 2 * positions * (blocks + scored * width), 8 * 4 * count_parameters(config, items)
 
