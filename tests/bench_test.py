@@ -40,9 +40,9 @@ def peer(tmp_path, monkeypatch):
 
 def test_a_contender_counts_real_targets_and_ranks_users(small_config):
   ours = contenders.Ours("ours", small_config)
-  trained = ours.train(0.01)
-  steps, targets = trained["steps"], contenders.count_targets(ours._job)
-  assert len(targets) == 4 and 0 < trained["interactions"] <= -(-steps // 4) * targets.sum()
+  turns = [ours.train(0) for _ in range(4)]  # after the first epoch, which compiled: the second
+  assert [turn["steps"] for turn in turns] == [1, 1, 1, 1]
+  assert sum(turn["interactions"] for turn in turns) == round(4 * ours._job.batches.targets_per_step)
   assert ours.compiled.programs > 0
   assert ours.evaluate(7)["users"] == 7
 
@@ -55,6 +55,12 @@ def test_a_peer_gets_the_data_and_its_failure_is_told(peer, small_config, make_c
   with pytest.raises(ValueError, match="code 1; its last words:\nno evaluation today"):
     echo.evaluate(3)
   echo.close()
+
+
+def test_a_peer_is_compared_only_where_it_has_the_loss(peer, small_config, make_corpus):
+  small_config.loss.name = "bce"
+  with pytest.raises(ValueError, match="not config.loss.name=bce with 256 negatives.*num_negatives=1"):
+    contenders.Peer("echo", finalize(small_config), make_corpus([[1, 2, 3]]), peer)
 
 
 def test_a_peer_that_is_not_there_names_those_that_are(peer, small_config, make_corpus):

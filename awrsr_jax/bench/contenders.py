@@ -24,7 +24,7 @@ from awrsr_jax.engine import compiling, ranking
 from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import init_state
-from awrsr_jax.engine.train import Job, make_job
+from awrsr_jax.engine.train import make_job
 
 PEERS = pathlib.Path(__file__).parents[2] / "launch" / "peers"
 
@@ -38,22 +38,21 @@ class Ours:
       self._job = job = make_job(config)
       self._state = init_state(job.backbone, job.optimizer, config.seed, job.mesh)
       self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
-      self._targets = count_targets(job)
       self._calls = self._forever()
       self._meet_all_lengths()
       self.evaluate(len(job.ranking["test"].users))
     self.compiled = compiled
 
   def train(self, seconds: float) -> dict[str, float]:
-    """Trains for at least so long, in whole calls; returns interactions, steps and seconds."""
+    """Trains for at least so long, in whole calls and at least one; returns interactions, steps and seconds."""
     begin, steps, interactions, before = time.perf_counter(), 0, 0, None
-    while time.perf_counter() - begin < seconds:
-      index, call = next(self._calls)
+    while not steps or time.perf_counter() - begin < seconds:
+      targets, call = next(self._calls)
       self._state, report = self._call(call)
       jax.block_until_ready(before)  # as the training loop does: one call ahead
       before = report
       steps += call.steps
-      interactions += int(self._targets[index:index + call.steps].sum())
+      interactions += targets
     jax.block_until_ready(self._state)
     return {"interactions": interactions, "steps": steps, "seconds": time.perf_counter() - begin}
 
@@ -74,20 +73,22 @@ class Ours:
                                 self._job.cumulative, lengths=call.lengths)
 
   def _forever(self) -> Iterator[tuple[int, feeds.Call]]:
-    """Yields the calls of the run over and over, each with the step of an epoch that it begins with."""
+    """Yields the calls of the run over and over, each with how many real targets it has."""
     job = self._job
     while True:
       step = 0
       calls = (feeds.streamed_calls(job.mesh, job.batches, 0) if job.items is None else feeds.resident_calls(
           job.mesh, job.batches, job.items, 0, feeds.steps_per_call(job.config, job.mesh), job.steps_to_pause))
       for call in calls:
-        yield step % job.batches.steps_per_epoch, call
+        epoch, first = divmod(step, job.batches.steps_per_epoch)
+        starts, ends, _ = job.batches.epoch_bounds(epoch)
+        yield int(np.maximum(ends - starts - 1, 0)[first:first + call.steps].sum()), call
         step += call.steps
 
   def _meet_all_lengths(self) -> None:
     """Compiles: makes the first step of every length."""
     met = set()
-    for (_, call), _ in zip(self._calls, range(self._job.batches.steps_per_epoch), strict=False):
+    for _, (_, call) in zip(range(self._job.batches.steps_per_epoch), self._calls, strict=False):
       kind = call.lengths or call.feed["inputs"].shape
       if kind not in met:
         met.add(kind)
@@ -98,13 +99,23 @@ class Peer:
   """Another library, as a contender: a program in its own environment that answers commands, see launch/peers/."""
 
   def __init__(self, name: str, config: Any, corpus: Corpus, folder: pathlib.Path):
+    """Starts the program of this name; files go into `folder`.
+
+    Raises:
+      ValueError: see make_environment; or the program fails; or it has no loss like the config's.
+    """
+    loss = config.loss
+    if loss.name not in ("softmax", "bce") or (loss.name == "bce" and loss.num_negatives != 1):
+      raise ValueError("--peer: peers train the full softmax, or bce with one negative, not "
+                       f"config.loss.name={loss.name} with {loss.num_negatives} negatives; set "
+                       "--config.loss.name=softmax, or --config.loss.name=bce --config.loss.num_negatives=1")
     program = PEERS / f"peer_{name}.py"
     spec = folder / f"{name}.json"
     spec.write_text(json.dumps({
         "sequences": str(write_sequences(corpus, folder / "sequences.txt")), "num_items": corpus.num_items,
         "max_length": config.data.max_length, "width": config.model.width, "layers": config.model.layers,
         "heads": config.model.heads, "dropout": config.model.dropout,
-        "loss": "softmax" if config.loss.name in ("softmax", "sampled_softmax") else "bce",
+        "loss": config.loss.name,
         "batch_size": config.train.batch_size, "eval_batch_size": config.eval.batch_size,
         "learning_rate": config.train.learning_rate, "threads": os.cpu_count(), "seed": config.seed}))
     self._log = (folder / f"{name}.log").open("w+")
@@ -172,9 +183,3 @@ def write_sequences(corpus: Corpus, path: pathlib.Path) -> pathlib.Path:
   rows = np.split(corpus.items, corpus.offsets[1:-1])
   path.write_text("".join(" ".join(map(str, row.tolist())) + "\n" for row in rows))
   return path
-
-
-def count_targets(job: Job) -> np.ndarray:
-  """Returns (T,) the real targets of each step of the first epoch (which every epoch has, to a batch's share)."""
-  starts, ends, _ = job.batches.epoch_bounds(0)
-  return np.maximum(ends - starts - 1, 0).sum(axis=1)

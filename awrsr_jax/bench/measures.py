@@ -45,15 +45,17 @@ class Turns:
 
 def measure_throughput(config: ml_collections.ConfigDict, turns: Turns) -> dict[str, Any]:
   """Trains and ranks in turns. Returns what each contender did in each round."""
-  contenders: list[Ours | Peer] = []
+  ours: list[Ours] = []
+  peers: list[Peer] = []
   with contextlib.ExitStack() as stack:
     folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    for name in turns.peers:  # first: nothing is compiled where one is not to be had
+      peers.append(Peer(name, config, make_job(config).corpus, folder))
+      stack.callback(peers[-1].close)
     for refine in turns.refinements:
-      contenders.append(Ours(f"awrsr_jax {refine}", with_values(config, {"model.refine": refine})))
-      stack.callback(contenders[-1].close)
-    for name in turns.peers:
-      contenders.append(Peer(name, config, make_job(config).corpus, folder))
-      stack.callback(contenders[-1].close)
+      ours.append(Ours(f"awrsr_jax {refine}", with_values(config, {"model.refine": refine})))
+      stack.callback(ours[-1].close)
+    contenders = [*ours, *peers]
     rounds = {one.name: {"train": [], "evaluate": []} for one in contenders}
     for _ in range(turns.rounds):
       for one in contenders:
@@ -68,11 +70,10 @@ def measure_throughput(config: ml_collections.ConfigDict, turns: Turns) -> dict[
       rows.append({"": one.name, "parameters": one.parameters, "interactions/s": speed("train", "interactions"),
                    "steps/s": speed("train", "steps"), "users/s": speed("evaluate", "users"),
                    "compile s": one.compiled.seconds if isinstance(one, Ours) else None})
-    notes = [f"{one.name}: {one.note}" for one in contenders if isinstance(one, Peer) and one.note]
-  peers = rows[len(turns.refinements):]
+    notes = [f"{one.name}: {one.note}" for one in peers if one.note]
   for row in rows:
     for unit in ("interactions/s", "users/s") if peers else ():
-      row[f"{unit} over the fastest peer's"] = row[unit] / max(peer[unit] for peer in peers)
+      row[f"{unit} over the fastest peer's"] = row[unit] / max(peer[unit] for peer in rows[len(ours):])
   return {"rows": rows, "notes": notes, "rounds": rounds}
 
 
