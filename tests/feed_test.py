@@ -7,8 +7,11 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from awrsr_jax.engine import feed as feeds
+from awrsr_jax.engine import mesh as meshes
+from awrsr_jax.engine.state import init_state
 from awrsr_jax.engine.train import make_job
 
 TESTS = pathlib.Path(__file__).parent
@@ -67,6 +70,17 @@ def test_calls_end_where_the_host_has_something_to_do(small_config):
   calls = feeds.resident_calls(job.mesh, job.batches, job.items, 1, 16, job.steps_to_pause)
   assert [call.steps for call in calls] == [2, 1, 1, 1, 2]  # to 3, 4, 5, 6, 8
   assert all(call.lengths == job.batches.buckets for call in calls)
+
+
+@pytest.mark.parametrize("buckets", [1, 2])
+def test_a_call_makes_as_many_steps_as_it_says(buckets, small_config):
+  small_config.data.feed, small_config.data.buckets = "device", buckets
+  job = make_job(small_config)
+  state = init_state(job.backbone, job.optimizer, 0, job.mesh)
+  call = next(feeds.resident_calls(job.mesh, job.batches, job.items, 0, 16, job.steps_to_pause))
+  state, report = job.train_step(state, call.feed | {"stop": meshes.stop_flags(job.mesh, False)}, job.cumulative,
+                                 lengths=call.lengths)
+  assert call.steps == 3 == int(state.step) == int(report.window.steps)
 
 
 def test_where_a_corpus_lives(small_config, monkeypatch):

@@ -94,8 +94,9 @@ def resident_calls(mesh: Mesh, batches: data_batches.TrainBatches, items: jax.Ar
             "bucket": meshes.replicate(mesh, bucket.astype(np.int32))}
     while first < batches.steps_per_epoch:
       count = min(most, steps_to_pause(step), batches.steps_per_epoch - first)
-      lengths = (batches.buckets[bucket[first]],) if most == 1 else batches.buckets
-      yield Call(lengths, feed | {"first": np.int32(first), "count": np.int32(count)}, count)
+      here = feed | {"first": np.int32(first)}
+      yield (Call((batches.buckets[bucket[first]],), here, 1) if most == 1 else
+             Call(batches.buckets, here | {"count": np.int32(count)}, count))
       first, step = first + count, step + count
 
 

@@ -87,7 +87,8 @@ def make_train_step(backbone: nn.Module, mesh: Mesh, optimizer: optax.GradientTr
   """Returns the jitted (state, feed, cumulative, lengths=()) -> (state, Report); the old state is given up.
 
   The feed is a batch; or, where `lengths` are given (static), an epoch that lives on the devices, see
-  feed.resident_calls: with one length, its step `first`; with more, `count` steps from there, each of one of them.
+  feed.resident_calls: its step `first`, of the one length given; or, where the feed has a `count`, so many steps from
+  there, each of one of the lengths.
   """
   one_step = functools.partial(train_step, backbone=backbone, mesh=mesh, optimizer=optimizer, config=config,
                                targets_per_step=targets_per_step)
@@ -98,11 +99,10 @@ def make_train_step(backbone: nn.Module, mesh: Mesh, optimizer: optax.GradientTr
       batch = jax.lax.optimization_barrier(build_batch(feed, index, length, mesh))  # else rounding would depend on it
       return one_step(state, batch | {"stop": feed["stop"]}, cumulative)
 
-    match lengths:
-      case ():
-        return one_step(state, feed, cumulative)
-      case (length,):
-        return from_epoch(state, feed["first"], length)
+    if not lengths:
+      return one_step(state, feed, cumulative)
+    if "count" not in feed:
+      return from_epoch(state, feed["first"], *lengths)
     of_length = [functools.partial(from_epoch, length=length) for length in lengths]
     report = Report(state.window, state.bad_step, jnp.int32(0))
     return jax.lax.fori_loop(feed["first"], feed["first"] + feed["count"], lambda index, carry: jax.lax.switch(
