@@ -8,6 +8,7 @@ trained: the run's own weights. mean: every earlier item alike. self: the newest
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,24 @@ WEIGHTS = {
     "mean": lambda scores, mask: jnp.broadcast_to(mask / jnp.maximum(mask.sum(-1, keepdims=True), 1), scores.shape),
     "self": lambda scores, mask: jnp.broadcast_to(mask * jnp.eye(mask.shape[-1])[None, None], scores.shape),
 }
+
+
+class Fixed:
+  """Takes the place of a refinement: weights that no score changes."""
+
+  combine = "fixed"
+
+  def __init__(self, make: Callable[[jax.Array, jax.Array], jax.Array]):
+    self._make = make
+
+  def refuses_blocks(self, squares: bool) -> str:
+    """Returns why weights are kept as matrices."""
+    return "fixed weights are matrices"
+
+  def weights(self, scores: jax.Array, mask: jax.Array, drop: None) -> tuple[jax.Array, jax.Array]:
+    """Returns the weights, twice: nothing is dropped."""
+    weights = self._make(scores, mask)
+    return weights, weights
 
 
 def rank(config: Any, workdir: str) -> dict[str, float]:
@@ -43,7 +62,7 @@ def main(workdir: str) -> None:
   config.update_from_flattened_dict(dict(walk(json.loads(pathlib.Path(workdir, "config.json").read_text()))))
   own = stosa.build_refinement
   for name, weights in WEIGHTS.items():
-    build = own if weights is None else lambda model, max_length, weights=weights: weights
+    build = own if weights is None else lambda model, max_length, weights=weights: Fixed(weights)
     sasrec.build_refinement = stosa.build_refinement = build
     metrics = rank(config, workdir)
     print(f"{name:8} valid ndcg@10={metrics['valid']:.4f} test ndcg@10={metrics['test']:.4f}", flush=True)
