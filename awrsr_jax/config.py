@@ -219,6 +219,9 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if train.weight_decay and train.optimizer != "adamw":
     raise ValueError(f"config.train.weight_decay={train.weight_decay} needs config.train.optimizer=adamw, "
                      f"not {train.optimizer}")
+  if train.steps_per_call is not None and config.data.feed == "host":
+    raise ValueError(f"config.train.steps_per_call={train.steps_per_call} needs batches that are built on the devices; "
+                     "config.data.feed=host sends one a step: set feed to auto or device, or leave steps_per_call out")
   if model.awr.value_projection and model.refine != "value":
     raise ValueError(f"config.model.awr.value_projection needs config.model.refine=value, not {model.refine}")
   mixes = model.refine == "value" or (model.refine == "additive" and model.awr.additive_on == "weights")

@@ -178,6 +178,7 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
     ({"loss__gbce_t": 1.01}, "config.loss.gbce_t=1.01"),
     ({"loss__negatives": "popularity"}, "config.loss.negatives=popularity needs config.loss.name=sampled_softmax"),
     ({"train__weight_decay": 0.1}, "config.train.weight_decay=0.1 needs config.train.optimizer=adamw"),
+    ({"train__steps_per_call": 2, "data__feed": "host"}, "config.train.steps_per_call=2 needs"),
     ({"model__refine": "additive", "model__awr__value_projection": True}, "config.model.awr.value_projection"),
     ({"model__refine": "stochastic", "model__awr__correlation": "dot"}, "config.model.refine=stochastic"),
     ({"model__refine": "none", "model__awr__correlation": "dot"}, "config.model.awr.correlation=dot"),

@@ -1,5 +1,6 @@
 """Attention in blocks against attention with its weights in memory: the same values and gradients, in linear memory."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -136,8 +137,13 @@ def test_fused_is_refused_where_it_cannot_be_and_auto_takes_the_reference(change
   assert build_refinement(model, N).refuses_blocks(squares=model.backbone == "stosa")
 
 
-def test_fused_is_allowed_everywhere_else():
-  for variant in VARIANTS:
-    for backbone in ("sasrec", "stosa"):
-      refused = bool(build_refinement(model_of(variant), N).refuses_blocks(squares=backbone == "stosa"))
-      assert refused == (variant == "value_projection" or (backbone == "stosa" and variant in MIXES))
+@pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_config_and_refinement_agree_on_where_fused_is_refused(variant, backbone):
+  refused = bool(build_refinement(model_of(variant), N).refuses_blocks(squares=backbone == "stosa"))
+  assert refused == (variant == "value_projection" or (backbone == "stosa" and variant in MIXES))
+  config = default()
+  config.model.update({**VARIANTS[variant], "backbone": backbone})
+  config.model.attention.implementation = "fused"
+  with pytest.raises(ValueError, match="fused cannot do") if refused else contextlib.nullcontext():
+    finalize(config)

@@ -70,7 +70,7 @@ def test_to_global_gives_each_data_device_its_own_rows(data, model):
   mesh = make(data, model)
   placed = meshes.to_global(mesh, batch)
   assert placed.keys() == {*batch, "stop"} and placed["stop"].shape == (data, model) and not placed["stop"].any()
-  assert meshes.to_global(mesh, batch, stop=True)["stop"].all()
+  assert meshes.stop_flags(mesh, True).all()
   for name, rows in batch.items():
     assert placed[name].shape == rows.shape and placed[name].dtype == rows.dtype
     assert len(placed[name].addressable_shards) == data * model

@@ -62,11 +62,6 @@ def build_batch(feed: Feed, index: jax.Array, length: int, mesh: Mesh) -> Feed:
           "targets": build_rows(feed["items"], starts_B + 1, ends_B, length, mesh)}
 
 
-def place_items(mesh: Mesh, items: np.ndarray) -> jax.Array:
-  """Returns the corpus on every device."""
-  return meshes.replicate(mesh, items)
-
-
 def place_rows(mesh: Mesh, rows_TxB: np.ndarray) -> jax.Array:
   """Returns (T, B) int32 on the devices, B split as in a batch; every process has all of it."""
   split = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -81,7 +76,7 @@ def resident_calls(mesh: Mesh, batches: data_batches.TrainBatches, items: jax.Ar
   Args:
     mesh: of the devices.
     batches: of the run.
-    items: from place_items.
+    items: the corpus, whole on every device.
     start: steps done.
     most: steps of one call, at most.
     steps_to_pause: steps done -> how many may follow before the host has something to do.

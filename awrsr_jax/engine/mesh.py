@@ -94,10 +94,10 @@ def local_parts(mesh: Mesh) -> Parts:
   return tuple(np.flatnonzero(here.any(axis=1)).tolist()), mesh.shape["data"]
 
 
-def to_global(mesh: Mesh, batch: dict[str, np.ndarray], stop: bool = False) -> dict[str, jax.Array]:
+def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Returns a batch as global arrays, split over "data"; each process brings its own parts (see local_parts).
 
-  With it goes `stop`, (data, model): for each device, whether its process was told to stop.
+  With it goes `stop`, of a process that was not told to; see stop_flags.
   """
   split = NamedSharding(mesh, PartitionSpec("data"))
   parts, count = local_parts(mesh)
@@ -111,7 +111,7 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray], stop: bool = False) -> d
 
     return jax.make_array_from_callback((size * count, *rows.shape[1:]), split, take)
 
-  return {name: place(rows) for name, rows in batch.items()} | {"stop": stop_flags(mesh, stop)}
+  return {name: place(rows) for name, rows in batch.items()} | {"stop": stop_flags(mesh, False)}
 
 
 @functools.cache

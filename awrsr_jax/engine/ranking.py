@@ -168,7 +168,7 @@ def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: 
     batches: of one split.
     mesh: where params live.
     told_to_stop: whether this process was.
-    items: the corpus, where it lives on the devices (feed.place_items): full ranking then sends no batch.
+    items: the corpus, where it lives on the devices: full ranking then sends no batch.
 
   Raises:
     Preempted: a process was told to stop.

@@ -87,7 +87,7 @@ def make_job(config: Any) -> Job:
   processes.check_equal("corpus", data_corpus.describe(corpus))
   backbone = build_backbone(config, corpus.num_items)
   optimizer = make_optimizer(config.train, len(batches))
-  items = feeds.place_items(mesh, corpus.items) if feeds.is_resident(config, batches) else None
+  items = meshes.replicate(mesh, corpus.items) if feeds.is_resident(config, batches) else None
   cumulative = meshes.replicate(mesh, np.cumsum(data_batches.training_counts(corpus)[1:], dtype=np.int32))
   return Job(config, corpus, mesh, backbone, optimizer, batches, ranked, items, cumulative,
              make_train_step(backbone, mesh, optimizer, config, batches.targets_per_step),
