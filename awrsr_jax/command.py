@@ -8,7 +8,10 @@ import sys
 import jax
 from absl import app
 
+from awrsr_jax import config as defaults
 from awrsr_jax.config import default, walk
+
+DEFAULT_CONFIG = defaults.__file__  # of commands that can do without a config file
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -5,6 +5,9 @@ command line overrides both. Optional keys are typed placeholders (None until se
 misspelt key fails. `finalize` checks a config and freezes it: after it nothing is filled in or guessed.
 """
 
+import contextlib
+import datetime
+import math
 from typing import Any
 
 import ml_collections
@@ -16,7 +19,11 @@ LOSSES = (*PER_POSITION, "softmax", "sampled_softmax")
 
 # The choices of every key that is a name: one table, so that one check and one message serve them all.
 CHOICES = {
-    "data.format": ("auto", "sequences", "pairs", "movielens", "tfds", "synthetic"),
+    "data.format": ("auto", "sequences", "pairs", "movielens", "table", "tfds", "prepared", "synthetic"),
+    "data.on_bad_row": ("error", "skip"),
+    "data.duplicates": ("keep", "first", "last", "consecutive"),
+    "data.split.name": ("leave_one_out", "time", "users"),
+    "data.split.target": ("last", "first", "all"),
     "data.long_history": ("newest", "windows"),
     "data.feed": ("auto", "device", "host"),
     "model.backbone": ("sasrec", "stosa"),
@@ -36,7 +43,8 @@ CHOICES = {
 
 # key -> smallest allowed value, and whether that value itself is allowed
 BOUNDS = {
-    "seed": (0, True), "data.k_core": (0, True), "data.max_length": (1, True), "data.buckets": (1, True),
+    "seed": (0, True), "data.k_core": (0, True), "data.max_history": (0, True), "data.split.valid_share": (0, False),
+    "data.split.test_share": (0, False), "data.split.seed": (0, True), "data.max_length": (1, True), "data.buckets": (1, True),
     "data.synthetic.num_users": (1, True), "data.synthetic.num_items": (2, True), "data.synthetic.length": (5, True),
     "data.synthetic.order": (1, True), "data.synthetic.seed": (0, True), "data.synthetic.temperature": (0, False),
     "model.width": (1, True), "model.layers": (1, True), "model.heads": (1, True), "model.ffn_width": (1, True),
@@ -61,19 +69,35 @@ def default() -> ml_collections.ConfigDict:
   config.data = data = ml_collections.ConfigDict()
   data.name = ""  # a benchmark (its counts and fingerprint must match), "synthetic", or "" for your own data
   data.path = ""  # local file or folder; empty: download, TFDS or generate, as name and format say
-  data.format = "auto"  # auto (by name and content) | sequences | pairs | movielens | tfds | synthetic
+  data.format = "auto"  # auto (by name and content) | sequences | pairs | movielens | table | tfds | prepared | synthetic
+  data.columns = ml_collections.ConfigDict()  # of tables and TFDS data sets; "" = by the names of known layouts
+  data.columns.user = ""
+  data.columns.item = ""
+  data.columns.time = ""
+  data.columns.rating = ""
+  data.columns.title = ""
+  data.header = ""  # of a CSV file without one: "item,user,rating,time", in the order of its columns
+  data.on_bad_row = "error"  # error | skip (and count)
+  # What becomes of the rows, in this order:
+  data.min_rating = config_dict.placeholder(float)  # drop rows rated lower
+  data.duplicates = "keep"  # of one user and item: keep | first | last | consecutive (drop an item right after itself)
   data.k_core = 0  # drop users and items with fewer interactions, to a fixed point; 0 keeps everything
+  data.max_history = 0  # the newest so many interactions of each user; 0 keeps everything
+  data.split = ml_collections.ConfigDict()
+  data.split.name = "leave_one_out"  # leave_one_out | time (train before, validate between, test after) | users
+  data.split.valid_from = "90%"  # time: a date, a number in the data's own unit, or the share of rows before it
+  data.split.test_from = "95%"
+  data.split.target = "last"  # time: which of a user's items in a period are ranked: last | first | all
+  data.split.valid_share = 0.1  # users: held out for validation, and for test; their last item is ranked
+  data.split.test_share = 0.1
+  data.split.seed = 0  # users: which ones, by a hash of their raw id
   data.max_length = 50  # n: the longest input the model sees
   data.long_history = "newest"  # histories longer than n: the newest n | windows (consecutive, all trained on)
   data.buckets = 4  # static batch lengths, placed where they save the most padding
   data.feed = "auto"  # device (the corpus lives there) | host (batches are sent) | auto: device up to 1 GiB
-  data.tfds = ml_collections.ConfigDict()  # where a TFDS data set keeps what a recommender needs
+  data.tfds = ml_collections.ConfigDict()
   data.tfds.name = ""  # as in tfds.builder: "movielens/100k-ratings"
   data.tfds.split = "train"
-  data.tfds.user = "user_id"
-  data.tfds.item = "movie_id"
-  data.tfds.time = "timestamp"
-  data.tfds.title = ""  # "" = no titles
   data.synthetic = ml_collections.ConfigDict()  # the law is stated in data/synthetic.py
   data.synthetic.seed = 0
   data.synthetic.num_users = 4000
@@ -143,6 +167,9 @@ def default() -> ml_collections.ConfigDict:
   config.mesh.data = -1  # devices that share a batch; -1: all that mesh.model leaves
   config.mesh.model = 1  # devices that share the item table
   return config
+
+
+get_config = default  # so that this file is itself a config file
 
 
 def finalize(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
@@ -233,8 +260,35 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.refine == "stochastic" and model.awr.correlation == "dot":
     raise ValueError("config.model.refine=stochastic is the Wasserstein correlation; for dot use "
                      "config.model.refine=simple")
+  split = config.data.split
+  if split.name == "users" and split.valid_share + split.test_share >= 1:
+    raise ValueError(f"config.data.split.valid_share={split.valid_share} and test_share={split.test_share} leave no "
+                     "user to train on; lower them")
+  for name in ("valid_from", "test_from"):
+    if split.name == "time":
+      parse_moment(split[name], f"config.data.split.{name}")
   if config.mesh.data != -1 and config.mesh.data < 1:
     raise ValueError(f"config.mesh.data={config.mesh.data} must be -1 (all devices) or at least 1")
+
+
+def parse_moment(text: str, key: str) -> tuple[str, float]:
+  """Returns ("share", 0 .. 1), ("time", a number) or ("date", seconds since 1970 in UTC) for "90%", "12" or "2024-01-31".
+
+  Raises:
+    ValueError: it is none of them.
+  """
+  try:
+    number = float(text.removesuffix("%"))
+    if text.endswith("%") and 0 < number < 100:
+      return "share", number / 100
+    if not text.endswith("%") and math.isfinite(number):
+      return "time", int(text) if text.strip().lstrip("+-").isdigit() else number
+  except ValueError:
+    with contextlib.suppress(ValueError):
+      date = datetime.datetime.fromisoformat(text)
+      return "date", (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
+  raise ValueError(f"{key}={text!r} is no share of the rows (90%), no number in the unit of the data's times and no date "
+                   "(2024-01-31, or 2024-01-31T12:00)")
 
 
 def walk(config: Any, prefix: str = "") -> list[tuple[str, Any]]:

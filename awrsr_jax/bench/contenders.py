@@ -40,7 +40,7 @@ class Ours:
       self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
       self._calls = self._forever()
       self._meet_all_lengths()
-      self.evaluate(len(job.ranking["test"].users))
+      self.evaluate(job.corpus.num_users)
     self.compiled = compiled
 
   def train(self, seconds: float) -> dict[str, float]:
@@ -59,7 +59,7 @@ class Ours:
   def evaluate(self, users: int) -> dict[str, float]:
     """Ranks all items for the first so many users; returns users, seconds and the metrics."""
     batches = self._job.ranking["test"]
-    batches = dataclasses.replace(batches, users=batches.users[batches.users < users])
+    batches = dataclasses.replace(batches, targets=batches.targets[batches.users < users])
     begin = time.perf_counter()
     ranks = ranking.rank_users(self._job.rank_step, self._state.params, batches, self._job.mesh, items=self._job.items)
     return {"users": len(ranks), "seconds": time.perf_counter() - begin, **ranking.summarize(ranks)}
@@ -180,6 +180,6 @@ def make_environment(name: str, program: pathlib.Path) -> pathlib.Path:
 
 def write_sequences(corpus: Corpus, path: pathlib.Path) -> pathlib.Path:
   """Writes the item numbers of one user a line, oldest first."""
-  rows = np.split(corpus.items, corpus.offsets[1:-1])
+  rows = np.split(np.asarray(corpus.items), corpus.offsets[1:-1])
   path.write_text("".join(" ".join(map(str, row.tolist())) + "\n" for row in rows))
   return path

@@ -14,11 +14,11 @@ import grain
 import numpy as np
 
 from awrsr_jax.data.corpus import Corpus
+from awrsr_jax.data.splits import HELD_OUT, users_of
 
 Batch = dict[str, np.ndarray]
 Parts = tuple[tuple[int, ...], int]  # which parts of a global batch, and how many it has; see mesh.local_parts
 WHOLE: Parts = (0,), 1
-TARGET_FROM_END = {"valid": 2, "test": 1}  # leave-one-out: the last item is test, the one before it validation
 NUM_CANDIDATES = 100  # of the sampled protocols, as their name says
 
 
@@ -39,8 +39,7 @@ def training_rows(corpus: Corpus, max_length: int, long_history: str) -> tuple[n
   Raises:
     ValueError: no user has two training items.
   """
-  first = corpus.offsets[:-1]
-  last = corpus.offsets[1:] - max(TARGET_FROM_END.values())
+  first, last = corpus.offsets[:-1], corpus.split.train_ends
   windows = np.maximum(-(-(last - first - 1) // max_length), 0)
   if long_history == "newest":
     windows = np.minimum(windows, 1)
@@ -49,8 +48,8 @@ def training_rows(corpus: Corpus, max_length: int, long_history: str) -> tuple[n
   ends = last[user] - window * max_length
   starts = np.maximum(first[user], ends - max_length - 1)
   if not len(starts):
-    raise ValueError(f"{corpus.name or 'the corpus'}: none of {corpus.num_users} users has 2 training items beside "
-                     "the validation and the test item, so there is nothing to train on; bring longer histories")
+    raise ValueError(f"{corpus.name or 'the corpus'}: none of {corpus.num_users} users has 2 items to train on "
+                     f"({corpus.split.words}), so there is nothing to train on; bring longer histories")
   return starts, ends
 
 
@@ -81,8 +80,11 @@ def plan_buckets(lengths: np.ndarray, count: int) -> tuple[int, ...]:
 def gather_rows(items: Any, starts: Any, ends: Any, length: int, xp: Any = np) -> Any:
   """Returns (B, length) int32: items[start:end] of each row, its newest `length`, left-padded with 0.
 
-  `xp` is the library of the arrays: numpy on the host, jax.numpy on the devices.
+  `xp` is the library of the arrays: numpy on the host, jax.numpy on the devices. Items that lie in files gather
+  themselves.
   """
+  if hasattr(items, "gather"):
+    return items.gather(starts, ends, length)
   position = ends[:, None] - length + xp.arange(length)[None]
   real = position >= starts[:, None]
   return xp.where(real, items[xp.where(real, position, 0)], 0).astype(np.int32)
@@ -104,7 +106,7 @@ class TrainBatches:
   rows are all padding.
   """
 
-  items: np.ndarray
+  items: Any  # of a corpus
   starts: np.ndarray
   ends: np.ndarray
   buckets: tuple[int, ...]
@@ -179,16 +181,16 @@ def stream(batches: TrainBatches, start: int) -> Iterator[Batch]:
 
 @dataclasses.dataclass(frozen=True)
 class RankingBatches:
-  """The users of a split, each once, as batches for exact ranking; iterate as often as wanted.
+  """The targets of a split, each once, as batches for exact ranking; iterate as often as wanted.
 
   A batch has inputs_BxL (the newest n items before the target), target_B, seen_BxS (the whole history before the
-  target), mask_B (1 for a user, 0 for filling) and, for sampled protocols, candidates_BxC. Users are sorted by
-  history length, `users` is their order.
+  target), mask_B (1 for a target, 0 for filling) and, for sampled protocols, candidates_BxC. `targets` are positions in
+  the items of the corpus, sorted by the length of the history before them. Of most splits a user has one target.
   """
 
   corpus: Corpus
   split: str
-  users: np.ndarray
+  targets: np.ndarray
   batch_size: int
   max_length: int
   buckets: tuple[int, ...]
@@ -196,38 +198,43 @@ class RankingBatches:
   seed: int
   parts: Parts = WHOLE
 
+  @functools.cached_property
+  def users(self) -> np.ndarray:
+    """The user of each target."""
+    return users_of(self.corpus.offsets, self.targets)
+
   def __len__(self) -> int:
-    return -(-len(self.users) // self.batch_size)
+    return -(-len(self.targets) // self.batch_size)
 
   def __iter__(self) -> Iterator[Batch]:
     for batch in range(len(self)):
-      users = self.users[batch * self.batch_size:(batch + 1) * self.batch_size]
-      seen_length, length = self._lengths(users)
-      real = take_parts(np.ones(len(users), bool), self.batch_size, self.parts)
-      users = take_parts(users, self.batch_size, self.parts)
-      starts, targets = self.corpus.offsets[users], self.corpus.offsets[users + 1] - TARGET_FROM_END[self.split]
-      seen = gather_rows(self.corpus.items, starts, np.where(real, targets, starts), seen_length)
+      targets = self.targets[batch * self.batch_size:(batch + 1) * self.batch_size]
+      seen_length, length = self._lengths(targets)
+      real = take_parts(np.ones(len(targets), bool), self.batch_size, self.parts)
+      targets = take_parts(targets, self.batch_size, self.parts)
+      starts = self.corpus.offsets[users_of(self.corpus.offsets, targets)]
+      starts, ends = np.where(real, starts, 0), np.where(real, targets, 0)
+      seen = gather_rows(self.corpus.items, starts, ends, seen_length)
       result = {"inputs": seen[:, -length:], "seen": seen, "mask": real.astype(np.float32),
-                "target": np.where(real, self.corpus.items[targets], 0).astype(np.int32)}
+                "target": gather_rows(self.corpus.items, ends, ends + real, 1)[:, 0]}
       if self.protocol != "full":
-        result["candidates"] = np.zeros((len(users), NUM_CANDIDATES), np.int32)
-        result["candidates"][real] = self._candidates(users[real])
+        result["candidates"] = np.zeros((len(targets), NUM_CANDIDATES), np.int32)
+        result["candidates"][real] = self._candidates(targets[real])
       yield result
 
-  def bounds(self) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """Returns starts (T, B) and ends (T, B) of the histories of every global batch, and its (S, L).
+  def bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """Returns starts (T, B) and ends (T, B) of the histories of every global batch, mask (T, B), and its (S, L).
 
-    An end is where the target stands; where a batch is filled up, start and end are 0.
+    An end is where the target stands; where a batch is filled up, start, end and mask are 0.
     """
     pad = lambda x: np.pad(x, (0, len(self) * self.batch_size - len(x))).reshape(-1, self.batch_size)  # noqa: E731
-    ends = self.corpus.offsets[self.users + 1] - TARGET_FROM_END[self.split]
-    lengths = [self._lengths(self.users[first:first + self.batch_size])
-               for first in range(0, len(self.users), self.batch_size)]
-    return pad(self.corpus.offsets[self.users]), pad(ends), lengths
+    lengths = [self._lengths(self.targets[first:first + self.batch_size])
+               for first in range(0, len(self.targets), self.batch_size)]
+    return (pad(self.corpus.offsets[self.users]), pad(self.targets), pad(np.ones(len(self.targets), np.int32)), lengths)
 
-  def _lengths(self, users: np.ndarray) -> tuple[int, int]:
+  def _lengths(self, targets: np.ndarray) -> tuple[int, int]:
     """Returns S and L of a global batch: S is its longest history's bucket; beyond n, n doubled as often as needed."""
-    longest = int(history_lengths(self.corpus, self.split)[users[-1]])
+    longest = int(history_lengths(self.corpus, targets[-1:])[0])
     if longest <= self.buckets[-1]:
       return (self.buckets[np.searchsorted(self.buckets, longest)],) * 2
     return self.max_length << int(np.ceil(np.log2(longest / self.max_length))), self.max_length
@@ -237,15 +244,15 @@ class RankingBatches:
     """Counts of draws up to each item: all equal (uniform100) or how often it is a training item (popular100)."""
     if self.protocol == "uniform100":
       return np.arange(1, self.corpus.num_items + 1)
-    return np.cumsum(training_counts(self.corpus)[1:])
+    return np.cumsum(self.corpus.counts[1:])
 
-  def _candidates(self, users: np.ndarray) -> np.ndarray:
-    """Returns (B, C): for each user, distinct items outside history and target, a function of (seed, split, user)."""
-    result = np.empty((len(users), NUM_CANDIDATES), np.int32)
-    for row, user in enumerate(users):
-      rng = np.random.default_rng([self.seed, TARGET_FROM_END[self.split], int(user)])
-      end = self.corpus.offsets[user + 1] - TARGET_FROM_END[self.split] + 1
-      known = self.corpus.items[self.corpus.offsets[user]:end]
+  def _candidates(self, targets: np.ndarray) -> np.ndarray:
+    """Returns (B, C): for each target, distinct items outside history and target, a function of (seed, split, place)."""
+    result = np.empty((len(targets), NUM_CANDIDATES), np.int32)
+    for row, (user, target) in enumerate(zip(users_of(self.corpus.offsets, targets), targets, strict=True)):
+      start = self.corpus.offsets[user]
+      rng = np.random.default_rng([self.seed, HELD_OUT.index(self.split), int(user), int(target - start)])
+      known = self.corpus.items[start:target + 1]
       drawn = np.empty(0, np.int64)
       while len(drawn) < NUM_CANDIDATES:
         more = np.searchsorted(self._cumulative, rng.integers(self._cumulative[-1], size=4 * NUM_CANDIDATES),
@@ -262,30 +269,24 @@ def ranking_batches(corpus: Corpus, config: Any, split: str, parts: Parts = WHOL
   Raises:
     ValueError: too few items are left to sample candidates from.
   """
-  lengths = history_lengths(corpus, split)
+  targets = corpus.split.targets[split]
+  lengths = history_lengths(corpus, targets)
   if config.eval.protocol != "full":
     _check_candidates(corpus, config.eval.protocol, int(lengths.max()) + 1)
-  users = np.argsort(lengths, kind="stable")
-  buckets = plan_buckets(np.minimum(lengths, config.data.max_length), config.data.buckets)
-  return RankingBatches(corpus, split, users, config.eval.batch_size, config.data.max_length, buckets,
+  order = np.argsort(lengths, kind="stable")
+  buckets = plan_buckets(np.clip(lengths, 1, config.data.max_length), config.data.buckets)
+  return RankingBatches(corpus, split, targets[order], config.eval.batch_size, config.data.max_length, buckets,
                         config.eval.protocol, config.seed, parts)
 
 
 def _check_candidates(corpus: Corpus, protocol: str, most_known: int) -> None:
   """Raises ValueError when the longest history may leave fewer items than the candidates to draw."""
-  drawable = corpus.num_items if protocol == "uniform100" else int((training_counts(corpus) > 0).sum())
+  drawable = corpus.num_items if protocol == "uniform100" else int((corpus.counts > 0).sum())
   if drawable - most_known < NUM_CANDIDATES:
     raise ValueError(f"config.eval.protocol={protocol} draws {NUM_CANDIDATES} items outside a user's history, but of "
                      f"{drawable} items a user knows up to {most_known}; use --config.eval.protocol=full")
 
 
-def history_lengths(corpus: Corpus, split: str) -> np.ndarray:
-  """Returns (U,) how many items come before each user's target in a split."""
-  return np.diff(corpus.offsets) - TARGET_FROM_END[split]
-
-
-def training_counts(corpus: Corpus) -> np.ndarray:
-  """Returns (I + 1,) int64: how often each item number occurs in the training parts; 0 for padding."""
-  held_out = np.concatenate([corpus.offsets[1:] - back for back in TARGET_FROM_END.values()])
-  counts = np.bincount(corpus.items, minlength=corpus.num_items + 1)
-  return counts - np.bincount(corpus.items[held_out], minlength=corpus.num_items + 1)
+def history_lengths(corpus: Corpus, targets: np.ndarray) -> np.ndarray:
+  """Returns how many items of its user come before each target."""
+  return targets - corpus.offsets[users_of(corpus.offsets, targets)]

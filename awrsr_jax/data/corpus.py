@@ -1,23 +1,21 @@
-"""Owns the corpus: interactions after k-core, numbered from 1 and ordered in time, as flat items and offsets.
-
-Leave-one-out is a convention on it, not a copy: of each user's items the last is the test item, the second last the
-validation item, the rest are for training.
-"""
+"""Owns the corpus: interactions after the rules, numbered from 1 and ordered in time, as flat items and offsets."""
 
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import duckdb
 import ml_collections
 import numpy as np
 
-from awrsr_jax.data import readers, synthetic
-from awrsr_jax.data.text import Interactions
+from awrsr_jax.config import parse_moment
+from awrsr_jax.data import log as logs
+from awrsr_jax.data import readers, rules, splits, synthetic
 
 LOG = logging.getLogger(__name__)
-FEWEST = 3  # interactions of a user: one each for training, validation and test
+CHUNK = 1 << 22  # interactions looked at together where a corpus may be larger than memory
 
 # name: users, items, interactions, fingerprint
 BENCHMARKS = {
@@ -33,23 +31,30 @@ class Corpus:
   """All histories (U users, I items, N interactions).
 
   Args:
-    items: (N,) int32 item numbers 1 .. I, user after user, each user's oldest first.
+    items: (N,) int32 item numbers 1 .. I, user after user, each user's oldest first: an array, or what reads like one
+      (data/records.py).
     offsets: (U + 1,) int64; user u has items[offsets[u]:offsets[u + 1]].
+    split: what is trained on and what is ranked.
     user_ids: (U,) raw user ids, ascending.
     item_ids: (I + 1,) raw id of each item number, ascending from 1; entry 0 is padding: 0 or "".
     titles: item number -> title, where known.
     name: the benchmark's name or where the data came from.
     oracle: histories (B, L) of item numbers, left-padded with 0 -> (B, I + 1) float64 scores of the law that made the
       data, column 0 -inf; None where no law is known.
+    counts: (I + 1,) int64, how often each item is trained on; 0 for padding.
+    description: what `describe` says, where it is known already.
   """
 
-  items: np.ndarray
+  items: Any
   offsets: np.ndarray
+  split: splits.Split
   user_ids: np.ndarray
   item_ids: np.ndarray
   titles: dict[int, str]
   name: str
   oracle: Callable[[np.ndarray], np.ndarray] | None
+  counts: np.ndarray
+  description: dict[str, Any] | None = None
 
   @property
   def num_users(self) -> int:
@@ -64,7 +69,7 @@ class Corpus:
   @property
   def num_interactions(self) -> int:
     """N."""
-    return len(self.items)
+    return int(self.offsets[-1])
 
   @property
   def lengths(self) -> np.ndarray:
@@ -76,89 +81,143 @@ class Corpus:
     return self.items[self.offsets[user]:self.offsets[user + 1]]
 
 
-def load(data: ml_collections.ConfigDict) -> Corpus:
+def load(data: ml_collections.ConfigDict, table: Any = None) -> Corpus:
   """Reads or generates what `config.data` names, and makes the corpus of it.
 
   Args:
     data: `config.data`.
+    table: a pandas, polars or pyarrow table to read instead of what `data` names.
 
   Returns:
     The corpus; where `data.name` is one of `BENCHMARKS`, it is that one exactly.
 
   Raises:
-    ValueError: see `readers.read`; or nothing is left after k-core, a user has fewer than 3 interactions, there are
-      fewer than 2 items or more than int32 holds, or a benchmark differs.
+    ValueError: see `readers.read`, `log.clean` and `rules.apply_rules`; or the split does not fit, there are fewer than
+      2 items, or a benchmark differs.
   """
-  is_synthetic = not data.path and (data.format == "synthetic" or (data.name == "synthetic" and data.format == "auto"))
-  found = synthetic.generate(data.synthetic) if is_synthetic else readers.read(data)
-  rows = filter_core(found, data.k_core)
-  corpus = number(found, rows, data.name or found.source)
-  _check(corpus)
-  if is_synthetic:
-    corpus = _attach_oracle(corpus, found, data)
-  if data.name in BENCHMARKS:
-    _check_benchmark(corpus, data.name)
-  return corpus
+  with logs.open_database() as database:
+    corpus = number(database, *read_log(database, data, table), data)
+  return check(corpus, data)
 
 
-def filter_core(found: Interactions, k: int) -> np.ndarray:
-  """Returns the rows of the k-core: every user and every item left has at least k interactions left.
-
-  Args:
-    found: what was read.
-    k: 0 and 1 keep every row.
+def read_log(database: duckdb.DuckDBPyConnection, data: ml_collections.ConfigDict,
+             table: Any = None) -> tuple[logs.Log, dict[str, int]]:
+  """Reads or generates what `config.data` names into `users`, `items` and `coded`, and applies its rules.
 
   Returns:
-    (M,) int64 rows, ascending. The k-core is unique, so the order of removal does not matter.
-
-  Raises:
-    ValueError: no row is left, or there was none.
+    The log, and how many rows were read and left out; see `log.clean`.
   """
-  users = np.unique(found.users, return_inverse=True)[1]
-  items = np.unique(found.items, return_inverse=True)[1]
-  rows = np.arange(users.size)
-  while rows.size:
-    keep = (np.bincount(users[rows])[users[rows]] >= k) & (np.bincount(items[rows])[items[rows]] >= k)
-    if keep.all():
-      break
-    rows = rows[keep]
-  before = (np.unique(users).size, np.unique(items).size, users.size)
-  after = (np.unique(users[rows]).size, np.unique(items[rows]).size, rows.size)
-  if not rows.size:
-    raise ValueError("{}: no users left after k-core {} (there were {} users, {} items, {} interactions); set a lower "
-                     "--config.data.k_core".format(found.source, k, *before))
-  if before != after:
-    LOG.info("k-core %d of %s: %d of %d users, %d of %d items, %d of %d interactions kept", k, found.source,
-                 *(count for pair in zip(after, before, strict=True) for count in pair))
-  return rows
+  if is_synthetic(data):
+    log = logs.put(database, synthetic.generate(data.synthetic))
+  else:
+    log = readers.read(database, data, table)
+  read = logs.clean(log, data.min_rating, data.on_bad_row)
+  rules.apply_rules(database, data, log.source)
+  return log, read
 
 
-def number(found: Interactions, rows: np.ndarray, name: str) -> Corpus:
-  """Orders rows by user and time, and numbers users and items in the order of their raw ids.
+def is_synthetic(data: ml_collections.ConfigDict) -> bool:
+  """Whether `config.data` generates its data."""
+  return not data.path and (data.format == "synthetic" or (data.name == "synthetic" and data.format == "auto"))
+
+
+def number(database: duckdb.DuckDBPyConnection, log: logs.Log, read: dict[str, int],
+           data: ml_collections.ConfigDict, store: Callable[[Iterator[np.ndarray], np.ndarray, np.ndarray], Any] | None = None,
+           ) -> Corpus:
+  """Orders what the rules left by user and time, and numbers users and items in the order of their raw ids.
 
   Args:
-    found: what was read.
-    rows: (M,) the rows to keep, ascending.
-    name: name of the corpus.
+    database: with `users`, `items` and `coded`.
+    log: its source and titles.
+    read: see `log.clean`.
+    data: `config.data`; of it `name` and `split`.
+    store: (chunks of items, offsets, user_ids) -> items, where they are not to be kept in memory.
 
   Returns:
-    The corpus, without an oracle. Equal times of one user keep the order of the rows.
-
-  Raises:
-    ValueError: more items than int32 can number.
+    The corpus.
   """
-  user_ids, user = np.unique(found.users[rows], return_inverse=True)
-  item_ids, item = np.unique(found.items[rows], return_inverse=True)
-  if item_ids.size > np.iinfo(np.int32).max - 1:
-    raise ValueError(f"{found.source}: {item_ids.size} items are more than int32 can number; raise "
-                     "--config.data.k_core")
-  keys = (user,) if found.times is None else (found.times[rows], user)
-  order = np.lexsort(keys)  # stable: file order decides between equal times
-  padding = np.zeros(1, item_ids.dtype)  # 0 or ""
-  titles = {at: found.titles[raw] for at, raw in enumerate(item_ids.tolist(), start=1) if raw in found.titles}
-  return Corpus(items=(item[order] + 1).astype(np.int32),
-                offsets=np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64), user_ids=user_ids,
-                item_ids=np.concatenate([padding, item_ids]), titles=titles, name=name, oracle=None)
+  user_codes, lengths = rules.codes(database, "user")
+  item_codes, item_counts = rules.codes(database, "item")
+  offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+  user_ids = logs.fetch_ids(database, "users", user_codes)
+  item_ids = logs.fetch_ids(database, "items", item_codes)
+  split = _make_split(database, log, offsets, user_ids, data.split)
+  splits.check(split, offsets, user_ids, data.name or log.source)
+  numbers = np.zeros(item_codes[-1] + 1, np.int32)
+  numbers[item_codes] = np.arange(1, len(item_codes) + 1)
+  chunks = (numbers[chunk] for chunk in rules.order_items(database))
+  items = np.concatenate(list(chunks)) if store is None else store(chunks, offsets, user_ids)
+  item_ids = np.concatenate([np.zeros(1, item_ids.dtype), item_ids])  # 0 or ""
+  titles = {at: log.titles[str(raw)] for at, raw in enumerate(item_ids.tolist()) if at and str(raw) in log.titles}
+  counts = np.concatenate([[0], item_counts])
+  for first, last in chunks_of_users(offsets):
+    counts -= np.bincount(items[offsets[first]:offsets[last]][~_trained(offsets, split, first, last)],
+                          minlength=len(counts))
+  return Corpus(items, offsets, split, user_ids, item_ids, titles, data.name or log.source, _find_oracle(
+      item_ids, int(offsets[-1]) == read["rows"], data), counts)
+
+
+def chunks_of_users(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+  """Yields (first, last) ranges of users who have about `CHUNK` interactions together; one user is never cut."""
+  first = 0
+  while first < len(offsets) - 1:
+    last = max(int(np.searchsorted(offsets, offsets[first] + CHUNK, side="right")) - 1, first + 1)
+    yield first, last
+    first = last
+
+
+def _trained(offsets: np.ndarray, split: splits.Split, first: int, last: int) -> np.ndarray:
+  """Returns whether each interaction of users first .. last - 1 is trained on."""
+  place = np.arange(offsets[first], offsets[last])
+  return place < np.repeat(split.train_ends[first:last], np.diff(offsets[first:last + 1]))
+
+
+def _make_split(database: duckdb.DuckDBPyConnection, log: logs.Log, offsets: np.ndarray, user_ids: np.ndarray,
+                wanted: Any) -> splits.Split:
+  """Returns the split that `config.data.split` asks for."""
+  match wanted.name:
+    case "leave_one_out":
+      return splits.leave_one_out(offsets)
+    case "users":
+      return splits.by_users(offsets, user_ids, wanted.valid_share, wanted.test_share, wanted.seed)
+  valid_from, test_from = (_find_moment(database, wanted[key], key) for key in ("valid_from", "test_from"))
+  if valid_from >= test_from:
+    raise ValueError(f"config.data.split.valid_from={wanted.valid_from} ({logs.describe_time(valid_from)}) is not before "
+                     f"test_from={wanted.test_from} ({logs.describe_time(test_from)})")
+  words = (f"split by time (validation from {logs.describe_time(valid_from)}, test from "
+           f"{logs.describe_time(test_from)})")
+  return splits.by_time(offsets, rules.count_before(database, valid_from), rules.count_before(database, test_from),
+                        wanted.target, words)
+
+
+def _find_moment(database: duckdb.DuckDBPyConnection, text: str, key: str) -> float:
+  """Returns a time of `config.data.split` in the unit of the log."""
+  kind, value = parse_moment(text, f"config.data.split.{key}")
+  oldest, newest = database.execute("SELECT min(time), max(time) FROM coded").fetchone()
+  if oldest == newest:
+    raise ValueError("config.data.split.name=time: the log has no times, or only one; use leave_one_out or users")
+  if kind == "share":
+    return rules.find_share(database, value)
+  if kind == "time":
+    return value
+  unit = sum(newest >= bound for bound in logs.UNITS.values())
+  if not unit:
+    raise ValueError(f"config.data.split.{key}={text} is a date, but the log's times ({oldest} to {newest}) are none; "
+                     "give a number in their unit, or a share as 90%")
+  return value * 1e3 ** (unit - 1)
+
+
+def _find_oracle(item_ids: np.ndarray, is_whole: bool,
+                 data: ml_collections.ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
+  """Returns the law's scores by item number, where a law made the data and no rule changed it."""
+  if not is_synthetic(data):
+    return None
+  if not is_whole:
+    LOG.warning("rules of config.data took items out of synthetic histories: their law no longer gives the best possible "
+                "figures")
+    return None
+  score = synthetic.oracle_scores(data.synthetic)
+  return lambda histories_BxL: score(item_ids[histories_BxL])[:, item_ids]
 
 
 def fingerprint(corpus: Corpus) -> str:
@@ -176,26 +235,51 @@ def fingerprint(corpus: Corpus) -> str:
   Returns:
     64 hexadecimal digits.
   """
-  items_N = corpus.items
-  lengths_U = corpus.lengths
-  users_N = np.repeat(np.arange(corpus.num_users), lengths_U)
-  place_N = _mix((np.arange(items_N.size) - corpus.offsets[users_N]).astype(np.uint64))
-  item_colour_I = _mix(np.bincount(items_N, minlength=corpus.num_items + 1).astype(np.uint64))
+  offsets, users_U = corpus.offsets, np.arange(corpus.num_users)
+  item_colour_I = np.zeros(corpus.num_items + 1, np.uint64)
+  for first, last in chunks_of_users(offsets):
+    item_colour_I += np.bincount(corpus.items[offsets[first]:offsets[last]], minlength=len(item_colour_I)
+                                 ).astype(np.uint64)
+  item_colour_I = _mix(item_colour_I)
+  user_colour_U = np.zeros(corpus.num_users, np.uint64)
   for _ in range(3):
-    user_colour_U = _mix(np.add.reduceat(_mix(item_colour_I[items_N] + place_N), corpus.offsets[:-1])
-                         + _mix(lengths_U.astype(np.uint64)))
     sums_I = np.zeros_like(item_colour_I)
-    np.add.at(sums_I, items_N, _mix(user_colour_U[users_N] ^ place_N))
+    for first, last in chunks_of_users(offsets):
+      items_N = corpus.items[offsets[first]:offsets[last]]
+      lengths_U = np.diff(offsets[first:last + 1])
+      users_N = np.repeat(users_U[first:last], lengths_U)
+      place_N = _mix((np.arange(offsets[first], offsets[last]) - offsets[users_N]).astype(np.uint64))
+      user_colour_U[first:last] = _mix(np.add.reduceat(_mix(item_colour_I[items_N] + place_N),
+                                                       offsets[first:last] - offsets[first])
+                                       + _mix(lengths_U.astype(np.uint64)))
+      np.add.at(sums_I, items_N, _mix(user_colour_U[users_N] ^ place_N))
     item_colour_I = _mix(_mix(item_colour_I) + sums_I)
   counts = np.array([corpus.num_users, corpus.num_items, corpus.num_interactions], np.uint64)
+  user_colour_U = _colour_split(corpus, user_colour_U)
   return hashlib.sha256(np.concatenate([counts, np.sort(user_colour_U)]).astype("<u8").tobytes()).hexdigest()
+
+
+def _colour_split(corpus: Corpus, user_colour_U: np.ndarray) -> np.ndarray:
+  """Mixes into each user's colour what of the history is trained on and ranked; leave-one-out follows from lengths."""
+  split, starts = corpus.split, corpus.offsets[:-1]
+  if split.name == "leave_one_out":
+    return user_colour_U
+  colour_U = _mix(user_colour_U ^ _mix((split.train_ends - starts).astype(np.uint64)))
+  for salt, positions in enumerate(split.targets.values()):
+    users = splits.users_of(corpus.offsets, positions)
+    np.add.at(colour_U, users, _mix((positions - starts[users]).astype(np.uint64) * np.uint64(2) + np.uint64(salt)))
+  return colour_U
 
 
 def describe(corpus: Corpus) -> dict[str, Any]:
   """Returns what `corpus.json` holds: name, fingerprint, counts and lengths, all plain Python values.
 
   `numbering` is a hash of the raw id behind each item number: a checkpoint fits only a corpus that has the same.
+  `split` says what is ranked and how much of that was never trained on, see `splits.report`.
   """
+  if corpus.description is not None:
+    return corpus.description
+  targets = {name: np.asarray(corpus.items[positions]) for name, positions in corpus.split.targets.items()}
   lengths_U = corpus.lengths
   return {
       "name": corpus.name, "fingerprint": fingerprint(corpus),
@@ -204,6 +288,7 @@ def describe(corpus: Corpus) -> dict[str, Any]:
       "mean_length": float(lengths_U.mean()), "median_length": float(np.median(lengths_U)),
       "min_length": int(lengths_U.min()), "max_length": int(lengths_U.max()),
       "density": corpus.num_interactions / corpus.num_users / corpus.num_items, "titles": len(corpus.titles),
+      "split": splits.report(corpus.split, corpus.offsets, corpus.counts, targets, corpus.name),
   }
 
 
@@ -215,32 +300,25 @@ def _mix(values: np.ndarray) -> np.ndarray:
   return values ^ (values >> np.uint64(31))
 
 
-def _check(corpus: Corpus) -> None:
-  """Raises ValueError for a corpus that cannot be split or ranked."""
-  short = np.flatnonzero(corpus.lengths < FEWEST)
-  if short.size:
-    raise ValueError(f"{corpus.name}: {short.size} of {corpus.num_users} users have fewer than {FEWEST} interactions "
-                     f"(user {corpus.user_ids[short[0]]} has {corpus.lengths[short[0]]}), but training, validation and "
-                     "test need one each; set --config.data.k_core=3 to drop them")
+def check(corpus: Corpus, data: ml_collections.ConfigDict) -> Corpus:
+  """Returns the corpus with its description.
+
+  Raises:
+    ValueError: it cannot be ranked, or is not the benchmark whose name it has.
+  """
   if corpus.num_items < 2:
     raise ValueError(f"{corpus.name}: {corpus.num_items} item cannot be ranked, at least 2 are needed; set "
                      "--config.data.path to a file with more items, or lower --config.data.k_core")
+  corpus = dataclasses.replace(corpus, description=describe(corpus))
+  if data.name in BENCHMARKS and data.split.name == "leave_one_out":
+    _check_benchmark(corpus.description, data.name)
+  return corpus
 
 
-def _attach_oracle(corpus: Corpus, found: Interactions, data: ml_collections.ConfigDict) -> Corpus:
-  """Returns the corpus with the law's scores, by item number."""
-  if corpus.num_interactions < found.users.size:
-    LOG.warning("k-core %d took items out of synthetic histories: their law no longer gives the best possible "
-                    "figures", data.k_core)
-    return corpus
-  score, ids = synthetic.oracle_scores(data.synthetic), corpus.item_ids
-  return dataclasses.replace(corpus, oracle=lambda histories_BxL: score(ids[histories_BxL])[:, ids])
-
-
-def _check_benchmark(corpus: Corpus, name: str) -> None:
+def _check_benchmark(description: dict[str, Any], name: str) -> None:
   """Raises ValueError unless the corpus is the benchmark of that name."""
   expected = BENCHMARKS[name]
-  found = (corpus.num_users, corpus.num_items, corpus.num_interactions, fingerprint(corpus))
+  found = tuple(description[key] for key in ("users", "items", "interactions", "fingerprint"))
   if found != expected:
     text = "{} users, {} items, {} interactions, fingerprint {}"
     raise ValueError(f"this is not the benchmark {name}: found {text.format(*found)}; expected "

@@ -13,7 +13,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from awrsr_jax.data.text import Interactions
+from awrsr_jax.data.log import Interactions
+from awrsr_jax.data.tables import choose_columns
 
 LOG = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 5.0  # to find a host, to connect and to be answered, each
@@ -88,7 +89,7 @@ def read_tfds(data: ml_collections.ConfigDict) -> Interactions:
 
   Args:
     data: `config.data`: `path` (folder of a prepared data set) or else `tfds.name`; `tfds.split`, and the names of the
-      fields in `tfds.user`, `.item`, `.time`, `.title` ("a/b" for a nested one; an empty title: no titles).
+      fields in `columns` ("a/b" for a nested one).
 
   Returns:
     Rows in the order stored, which is not the order they had in their source.
@@ -96,24 +97,24 @@ def read_tfds(data: ml_collections.ConfigDict) -> Interactions:
   Raises:
     ValueError: no such data set, split or field, or it is not prepared and cannot be.
   """
-  fields = data.tfds
-  builder = _open_folder(data.path) if data.path else _open_name(fields.name)
-  name = builder.info.full_name
-  wanted = {"user": fields.user, "item": fields.item, "time": fields.time, "title": fields.title}
-  _check_fields(builder, wanted, name)
-  if fields.split not in builder.info.splits:
-    raise ValueError(f"TFDS data set {name} has no split {fields.split!r}, but {sorted(builder.info.splits)}; set "
+  builder = _open_folder(data.path) if data.path else _open_name(data.tfds.name)
+  name = f"TFDS data set {builder.info.full_name}"
+  split = data.tfds.split
+  chosen = choose_columns(sorted(_list_fields(builder.info.features)), data.columns, name)
+  if split not in builder.info.splits:
+    raise ValueError(f"{name} has no split {split!r}, but {sorted(builder.info.splits)}; set "
                      "--config.data.tfds.split=NAME")
-  columns = _read_columns(builder, fields.split, [field for field in wanted.values() if field])
-  users, items, times = (_to_array(columns[wanted[key]], wanted[key], name) for key in ("user", "item", "time"))
+  found = _read_columns(builder, split, list(chosen.values()))
+  columns = {key: _to_array(found[field], field, name) for key, field in chosen.items()}
+  times = columns["time"]
   if times.dtype.kind not in "if" or not np.isfinite(times).all():
-    raise ValueError(f"TFDS data set {name}: field {fields.time!r} is not a time (a finite number) in every record; "
-                     "set --config.data.tfds.time=FIELD")
+    raise ValueError(f"{name}: field {chosen['time']!r} is not a time (a finite number) in every record; "
+                     "set --config.data.columns.time=FIELD")
   titles = {}
-  if fields.title:
-    titles = dict(zip(items.tolist(), _to_array(columns[fields.title], fields.title, name).tolist(), strict=True))
-  _warn_of_ties(users, times, name)
-  return Interactions(users, items, times, {item: str(title) for item, title in titles.items()}, f"TFDS {name}")
+  if "title" in columns:
+    titles = dict(zip(columns["item"].tolist(), map(str, columns["title"].tolist()), strict=True))
+  _warn_of_ties(columns["user"], times, name)
+  return Interactions(columns["user"], columns["item"], times, titles, name, columns.get("rating"))
 
 
 def _is_cached(folder: str, url: str, sha256: str) -> bool:
@@ -166,14 +167,6 @@ def _prepare(builder: Any, name: str) -> None:
                      f"{error or type(error).__name__}; {way_out}") from error
 
 
-def _check_fields(builder: Any, wanted: dict[str, str], name: str) -> None:
-  """Raises ValueError unless every wanted field exists; only titles may be left out."""
-  found = sorted(_list_fields(builder.info.features))
-  for key, field in wanted.items():
-    if field not in found and (field or key != "title"):
-      raise ValueError(f"TFDS data set {name} has no field {field!r}, but {found}; set --config.data.tfds.{key}=FIELD")
-
-
 def _list_fields(features: Any, prefix: str = "") -> list[str]:
   """Returns the names that fields have in a stored record: nested ones joined by "/"."""
   if not hasattr(features, "items"):
@@ -211,7 +204,7 @@ def _to_array(column: list[Any], field: str, name: str) -> np.ndarray:
     try:
       return np.array([value.decode() for value in column])
     except UnicodeDecodeError as error:
-      raise ValueError(f"TFDS data set {name}: field {field!r} is not text: {error}") from error
+      raise ValueError(f"{name}: field {field!r} is not text: {error}") from error
   return np.array(column)
 
 

@@ -1,4 +1,4 @@
-"""Owns `Interactions`, what every reader returns, and the two plain text forms of it.
+"""Owns the two plain text forms of interactions.
 
 - sequences: `user item_1 item_2 ...`, one line per user, oldest first
 - pairs: `user item`, one line per interaction, a user's oldest first; users may be interleaved
@@ -6,29 +6,16 @@
 Ids are whole numbers from 1 (0 is padding everywhere in this package), separated by spaces or tabs.
 """
 
-import dataclasses
+import itertools
+import logging
 import os
+from collections.abc import Callable
 
 import numpy as np
 
+from awrsr_jax.data.log import Interactions
 
-@dataclasses.dataclass(frozen=True)
-class Interactions:
-  """What a source holds, in its own ids and its own row order (N rows).
-
-  Args:
-    users: (N,) raw user ids, int64 or numpy str.
-    items: (N,) raw item ids, int64 or numpy str.
-    times: (N,) int64 or float64, any unit, larger is later; None: a user's rows are in time order.
-    titles: raw item id (int or str) -> title; may be empty or miss items.
-    source: where it came from, for messages.
-  """
-
-  users: np.ndarray
-  items: np.ndarray
-  times: np.ndarray | None
-  titles: dict[int | str, str]
-  source: str
+LOG = logging.getLogger(__name__)
 
 
 def read_bytes(path: str, limit: int | None) -> bytes:
@@ -74,11 +61,12 @@ def decode(content: bytes, where: str, encoding: str) -> str:
   return text.replace("\r\n", "\n")
 
 
-def read_sequences(path: str) -> Interactions:
+def read_sequences(path: str, on_bad_row: str = "error") -> Interactions:
   """Reads lines of `user item_1 item_2 ...`, oldest first.
 
   Args:
     path: a utf-8 text file; blank lines are skipped.
+    on_bad_row: "error", or "skip": lines with a token that is no number from 1, or without items, are left out.
 
   Returns:
     One row per (user, item), in file order; no times and no titles.
@@ -87,6 +75,8 @@ def read_sequences(path: str) -> Interactions:
     ValueError: no such file, no lines, a token that is no number from 1, a user without items or on two lines.
   """
   tokens, lines = _split(path)
+  if on_bad_row == "skip":
+    tokens, lines = _skip_bad(tokens, lines, path, lambda row: len(row) > 1)
   counts = np.array([len(row) for row in tokens], dtype=np.int64)
   values = _parse(tokens, counts, lines, path)
   starts = np.cumsum(counts) - counts
@@ -106,11 +96,12 @@ def read_sequences(path: str) -> Interactions:
   return Interactions(np.repeat(users, counts - 1), values[is_item], None, {}, path)
 
 
-def read_pairs(path: str) -> Interactions:
+def read_pairs(path: str, on_bad_row: str = "error") -> Interactions:
   """Reads lines of `user item`, where a user's lines are oldest first.
 
   Args:
     path: a utf-8 text file; blank lines are skipped.
+    on_bad_row: "error", or "skip": lines that are not two numbers from 1 are left out.
 
   Returns:
     One row per line, in file order; no times and no titles.
@@ -119,6 +110,8 @@ def read_pairs(path: str) -> Interactions:
     ValueError: no such file, no lines, a line that is not two numbers from 1.
   """
   tokens, lines = _split(path)
+  if on_bad_row == "skip":
+    tokens, lines = _skip_bad(tokens, lines, path, lambda row: len(row) == 2)
   counts = np.array([len(row) for row in tokens], dtype=np.int64)
   if (counts != 2).any():
     at = int(np.argmax(counts != 2))
@@ -159,6 +152,19 @@ def _split(path: str) -> tuple[list[list[str]], list[int]]:
     raise ValueError(f"{path} has no lines ({os.path.getsize(path)} bytes); set --config.data.path=FILE to a file "
                      "with interactions")
   return [row for row in rows if row], lines
+
+
+def _skip_bad(tokens: list[list[str]], lines: list[int], path: str,
+              fits: Callable[[list[str]], bool]) -> tuple[list[list[str]], list[int]]:
+  """Leaves out the lines that do not fit or hold anything but numbers from 1, and says how many."""
+  good = [fits(row) and all(_is_int64(token) and int(token) > 0 for token in row) for row in tokens]
+  if not any(good):
+    raise ValueError(f"{path}: none of {len(lines)} lines is good; set --config.data.path=FILE to a file with "
+                     "interactions")
+  if not all(good):
+    LOG.warning("%s: %d of %d lines are bad and were left out (config.data.on_bad_row=skip)", path,
+                len(good) - sum(good), len(good))
+  return list(itertools.compress(tokens, good)), list(itertools.compress(lines, good))
 
 
 def _parse(tokens: list[list[str]], counts: np.ndarray, lines: list[int], path: str) -> np.ndarray:

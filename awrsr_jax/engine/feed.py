@@ -37,9 +37,17 @@ class Call:
 
 
 def is_resident(config: Any, batches: data_batches.TrainBatches) -> bool:
-  """Whether the corpus lives on the devices."""
+  """Whether the corpus lives on the devices; one that lies in files is streamed unless asked for.
+
+  Raises:
+    ValueError: it is to live there and is too large to be indexed.
+  """
   numbers = len(batches.items) + 2 * len(batches.starts)
-  return {"device": True, "host": False, "auto": 4 * numbers <= RESIDENT_BYTES}[config.data.feed]
+  if config.data.feed == "device" and len(batches.items) > np.iinfo(np.int32).max:
+    raise ValueError(f"config.data.feed=device: {len(batches.items)} interactions are more than int32 can index; use auto "
+                     "or host")
+  fits = isinstance(batches.items, np.ndarray) and 4 * numbers <= RESIDENT_BYTES
+  return {"device": True, "host": False, "auto": fits}[config.data.feed]
 
 
 def steps_per_call(config: Any, mesh: Mesh) -> int:

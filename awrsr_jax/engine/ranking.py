@@ -23,10 +23,10 @@ from awrsr_jax.model.hidden import Hidden, hide_other_rows
 
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
 PROTOCOLS = {
-    "full": "leave-one-out, full ranking over all items, the user's history filtered",
-    "uniform100": "leave-one-out, SAMPLED: the target among 100 items drawn uniformly outside the user's history "
+    "full": "full ranking over all items, the user's history filtered",
+    "uniform100": "SAMPLED: the target among 100 items drawn uniformly outside the user's history "
                   "(not comparable with full ranking)",
-    "popular100": "leave-one-out, SAMPLED: the target among 100 items drawn by popularity outside the user's history "
+    "popular100": "SAMPLED: the target among 100 items drawn by popularity outside the user's history "
                   "(not comparable with full ranking)",
 }
 EXACT = 1 << 23  # items: so many halves are exact as float32
@@ -147,20 +147,21 @@ def _build_batch(feed: Feed, seen_length: int, length: int, mesh: Mesh) -> Feed:
   starts_B, ends_B = feed["starts"][feed["index"]], feed["ends"][feed["index"]]
   seen_BxS = build_rows(feed["items"], starts_B, ends_B, seen_length, mesh)
   return {"inputs": seen_BxS[:, -length:], "seen": seen_BxS, "stop": feed["stop"],
-          "target": jnp.where(ends_B > 0, feed["items"][ends_B], 0)}
+          "target": jnp.where(feed["mask"][feed["index"]] > 0, feed["items"][ends_B], 0)}
 
 
 def _resident_feeds(mesh: Mesh, batches: RankingBatches, items: jax.Array) -> Iterator[tuple[Feed, tuple[int, int]]]:
   """Yields what the rank step takes for each batch, apart from `stop`, and its lengths."""
-  starts, ends, lengths = batches.bounds()
-  feed = {"items": items, "starts": place_rows(mesh, starts), "ends": place_rows(mesh, ends)}
+  starts, ends, mask, lengths = batches.bounds()
+  feed = {"items": items, "starts": place_rows(mesh, starts), "ends": place_rows(mesh, ends),
+          "mask": place_rows(mesh, mask)}
   for index, of_batch in enumerate(lengths):
     yield feed | {"index": np.int32(index)}, of_batch
 
 
 def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: Mesh,
                told_to_stop: Callable[[], bool] = lambda: False, items: jax.Array | None = None) -> np.ndarray:
-  """Returns (U,) the rank of every user's target, in the order of `batches.users`: every user once.
+  """Returns (C,) the rank of every target, in the order of `batches.targets`: every target once.
 
   Args:
     rank_step: from make_rank_step.
@@ -192,7 +193,7 @@ def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: 
       read_oldest()
   while pending:
     read_oldest()
-  ranks = np.concatenate(ranks)[:len(batches.users)]
+  ranks = np.concatenate(ranks)[:len(batches.targets)]
   if np.isnan(ranks).any():
     raise FloatingPointError(f"{np.isnan(ranks).sum()} of {len(ranks)} users of the {batches.split} split have a NaN "
                              "among their scores; the parameters are damaged")
@@ -208,11 +209,16 @@ def summarize(ranks: Iterable[float]) -> dict[str, float]:
   return metrics | {"mrr": float(np.mean(1 / ranks))}
 
 
-def rank_oracle(batches: RankingBatches) -> np.ndarray:
-  """Returns (U,) the ranks that the true law of a synthetic corpus gives, under the same protocol."""
+def rank_by(batches: RankingBatches, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+  """Returns (C,) the ranks of all targets under the same protocol, by scores that numpy makes: baselines, oracles.
+
+  Args:
+    batches: of one split, whole.
+    score: histories (B, S) of item numbers, left-padded with 0 -> new (B, I + 1) floats, larger is better.
+  """
   ranks = []
   for batch in batches:
-    scores = batches.corpus.oracle(batch["seen"])
+    scores = score(batch["seen"])
     rows = np.arange(len(scores))
     target = scores[rows, batch["target"]].copy()[:, None]
     if "candidates" in batch:
@@ -226,6 +232,6 @@ def rank_oracle(batches: RankingBatches) -> np.ndarray:
   return np.concatenate(ranks)
 
 
-def describe_protocol(protocol: str) -> str:
-  """Returns the protocol in words, as it is printed with every result."""
-  return f"{PROTOCOLS[protocol]}; {TIE_RULE}"
+def describe_protocol(protocol: str, split: str) -> str:
+  """Returns the protocol in words, as it is printed with every result; `split` is the split in words."""
+  return f"{split}, {PROTOCOLS[protocol]}; {TIE_RULE}"

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from awrsr_jax.config import finalize, walk
 from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as data_corpus
+from awrsr_jax.data import records
 from awrsr_jax.engine import checkpoint, compiling, memory, processes, ranking, run_folder
 from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
@@ -69,8 +70,12 @@ class Job:
         self.config.train.log_every, self.config.checkpoint.every_steps, self.batches.steps_per_epoch))
 
 
-def make_job(config: Any) -> Job:
+def make_job(config: Any, table: Any = None) -> Job:
   """Reads the data and builds everything; no compilation yet.
+
+  Args:
+    config: from a config file.
+    table: a pandas, polars or pyarrow table, instead of the data that the config names.
 
   Raises:
     ValueError: config, data or devices do not fit together, on this process or another.
@@ -79,23 +84,24 @@ def make_job(config: Any) -> Job:
     config = finalize(config)
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_config(*mesh.devices.shape, config)
-    corpus = data_corpus.load(config.data)
+    corpus = records.load(config.data, table)
     parts = meshes.local_parts(mesh)
     batches = data_batches.training_batches(corpus, config, parts)
     ranked = {split: data_batches.ranking_batches(corpus, config, split, parts) for split in ("valid", "test")}
+    is_resident = feeds.is_resident(config, batches)
   processes.check_equal("config", dict(walk(config)))
   processes.check_equal("corpus", data_corpus.describe(corpus))
   backbone = build_backbone(config, corpus.num_items)
   optimizer = make_optimizer(config.train, len(batches))
-  items = meshes.replicate(mesh, corpus.items) if feeds.is_resident(config, batches) else None
-  cumulative = meshes.replicate(mesh, np.cumsum(data_batches.training_counts(corpus)[1:], dtype=np.int32))
+  items = meshes.replicate(mesh, np.asarray(corpus.items)) if is_resident else None
+  cumulative = meshes.replicate(mesh, np.cumsum(corpus.counts[1:], dtype=np.int32))
   return Job(config, corpus, mesh, backbone, optimizer, batches, ranked, items, cumulative,
              make_train_step(backbone, mesh, optimizer, config, batches.targets_per_step),
              ranking.make_rank_step(backbone, mesh, config.eval.block_items))
 
 
 def train(config: Any, workdir: str | os.PathLike[str],
-          told_to_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+          told_to_stop: Callable[[], bool] = lambda: False, table: Any = None) -> dict[str, Any]:
   """Trains, evaluates and leaves a run folder; the same call goes on where an earlier one was cut off.
 
   All processes of a run call it, with the same arguments.
@@ -104,6 +110,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
     config: from a config file.
     workdir: the run folder, see engine/run_folder.py; the same one for all processes.
     told_to_stop: asked at every step and batch; True on one process ends the run on all, with a checkpoint.
+    table: a pandas, polars or pyarrow table, instead of the data that the config names.
 
   Returns:
     The content of result.json.
@@ -116,7 +123,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
   """
   began = time.monotonic()
   with processes.noticing_losses(), compiling.watching() as compiled:
-    job = make_job(config)
+    job = make_job(config, table)
     with open_run(workdir, job):
       result_path = epath.Path(workdir) / "result.json"
       result = processes.from_first(run_folder.read_json(result_path) if result_path.exists() else None)
@@ -306,7 +313,7 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
             for split, batches in job.ranking.items()}
   result = {
       **{split: splits[split] for split in ("test", "valid")},
-      "protocol": ranking.describe_protocol(job.config.eval.protocol),
+      "protocol": ranking.describe_protocol(job.config.eval.protocol, job.corpus.split.words),
       "loss": job.config.loss.name, "refine": job.config.model.refine, "backbone": job.config.model.backbone,
       "seed": job.config.seed, "epochs": job.config.train.epochs, "steps": steps,
       "best_step": record["best_step"], "best_epoch": job.epoch(record["best_step"]),
@@ -319,5 +326,5 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
   }
   if job.corpus.oracle is not None:
     everyone = dataclasses.replace(job.ranking["test"], parts=data_batches.WHOLE)
-    result["oracle"] = ranking.summarize(ranking.rank_oracle(everyone))
+    result["oracle"] = ranking.summarize(ranking.rank_by(everyone, job.corpus.oracle))
   return result

@@ -1,0 +1,2 @@
+"""stub"""
+def measure(database, corpus, data, read): return {}
