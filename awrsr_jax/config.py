@@ -260,6 +260,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.refine == "stochastic" and model.awr.correlation == "dot":
     raise ValueError("config.model.refine=stochastic is the Wasserstein correlation; for dot use "
                      "config.model.refine=simple")
+  if config.data.min_rating is not None and not math.isfinite(config.data.min_rating):
+    raise ValueError(f"config.data.min_rating={config.data.min_rating} must be a finite number, or None")
   split = config.data.split
   if split.name == "users" and split.valid_share + split.test_share >= 1:
     raise ValueError(f"config.data.split.valid_share={split.valid_share} and test_share={split.test_share} leave no "

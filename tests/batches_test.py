@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import from_arrays
 
 from awrsr_jax.config import default
 from awrsr_jax.data import batches as data_batches
-from awrsr_jax.data.corpus import Corpus
+from awrsr_jax.data import splits
 
 LENGTHS = (3, 4, 5, 6, 7, 9, 12, 3, 17, 4, 10, 8, 3, 24, 5, 4)
 
@@ -92,7 +93,7 @@ def test_rows_hold_no_validation_or_test_item(corpus, long_history):
 
 
 def test_nothing_to_train_on_is_an_error(make_corpus):
-  with pytest.raises(ValueError, match="none of 2 users has 2 training items"):
+  with pytest.raises(ValueError, match="none of 2 users has 2 items to train on"):
     data_batches.training_rows(make_corpus([[1, 2, 3], [3, 2, 1]]), 5, "newest")
 
 
@@ -318,7 +319,8 @@ def skewed_corpus():
   items = np.stack([rng.choice(900, 5, replace=False, p=weights / weights.sum()) + 1 for _ in range(600)])
   items[:, 3] = 1000  # validation item of everyone
   items[:, 0] = np.arange(600) % 900 + 1
-  return Corpus(items.ravel().astype(np.int32), np.arange(601) * 5, np.arange(600), np.arange(1001), {}, "skewed", None)
+  offsets = np.arange(601) * 5
+  return from_arrays(items.ravel().astype(np.int32), offsets, splits.leave_one_out(offsets), 1000)
 
 
 @pytest.mark.parametrize("protocol", ["uniform100", "popular100"])
@@ -360,7 +362,7 @@ def test_uniform_candidates_are_uniform():
 
 def test_popular_candidates_follow_the_training_counts():
   corpus = skewed_corpus()
-  popularity = data_batches.training_counts(corpus)[1:]
+  popularity = corpus.counts[1:]
   counts = np.bincount(candidates_of(corpus, eval__protocol="popular100").ravel(), minlength=1001)[1:]
   assert counts[popularity == 0].sum() == 0
   # Drawing without replacement flattens a little: P(drawn) is about 1 - exp(-draws * share).
@@ -371,7 +373,7 @@ def test_popular_candidates_follow_the_training_counts():
 
 
 def test_training_counts_leave_out_held_out_items(make_corpus):
-  counts = data_batches.training_counts(make_corpus([[1, 2, 1, 3, 1], [2, 2, 4, 5]]))
+  counts = make_corpus([[1, 2, 1, 3, 1], [2, 2, 4, 5]]).counts
   np.testing.assert_array_equal(counts, [0, 2, 3, 0, 0, 0])
 
 

@@ -14,11 +14,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 LEAVES = dict(configs.walk(configs.default()))
 TYPES = {key: configs.key_type(configs.default(), key) for key in LEAVES}
 OPTIONAL = {key for key, value in LEAVES.items() if value is None}
-FREE_TEXT = {"data.name", "data.path", "data.tfds.name", "data.tfds.split", "data.tfds.user", "data.tfds.item",
-             "data.tfds.time", "data.tfds.title"}
+FREE_TEXT = {"data.name", "data.path", "data.header", "data.tfds.name", "data.tfds.split", "data.columns.user",
+             "data.columns.item", "data.columns.time", "data.columns.rating", "data.columns.title",
+             "data.split.valid_from", "data.split.test_from"}
 PUBLISHED = {"model__faithful": True, "model__backbone": "stosa", "model__norm": "post", "model__activation": "elu",
              "model__ffn_width": 256}
-LOCAL_NAMES = {"fields": "tfds"}  # a node of the config under another name in the package
+LOCAL_NAMES = {"wanted": "split"}  # a node of the config under another name in the package
 
 
 def changed(**values):
@@ -137,8 +138,8 @@ def test_a_value_below_its_bound_is_refused_and_the_bound_itself_is_as_stated(ke
 @pytest.mark.parametrize("key", sorted(configs.BOUNDS))
 def test_zero_is_refused_where_something_is_counted_or_divided_by_it(key):
   zero = set_value(key, TYPES[key](0))
-  if key in {"seed", "data.k_core", "data.synthetic.seed", "model.dropout", "model.attention.dropout", "loss.gbce_t",
-             "loss.pvn_weight", "train.weight_decay", "train.warmup_steps", "train.beta1", "train.beta2"}:
+  if key in {"seed", "data.k_core", "data.max_history", "data.split.seed", "data.synthetic.seed", "model.dropout",
+             "model.attention.dropout", "loss.gbce_t", "loss.pvn_weight", "train.weight_decay", "train.warmup_steps", "train.beta1", "train.beta2"}:
     assert dict(configs.walk(configs.finalize(zero)))[key] == 0
   else:
     with pytest.raises(ValueError, match=re.escape(f"config.{key}=0")):
@@ -148,7 +149,7 @@ def test_zero_is_refused_where_something_is_counted_or_divided_by_it(key):
 def test_every_number_has_a_bound_and_every_name_its_choices():
   numbers = {key for key in LEAVES if TYPES[key] in (int, float)}
   texts = {key for key in LEAVES if TYPES[key] is str}
-  assert numbers - configs.BOUNDS.keys() == {"mesh.data"}  # its own rule: -1 or at least 1
+  assert numbers - configs.BOUNDS.keys() == {"mesh.data", "data.min_rating"}  # -1 or at least 1; any number
   assert texts - configs.CHOICES.keys() == FREE_TEXT
   assert configs.BOUNDS.keys() <= numbers and configs.CHOICES.keys() <= texts
 
@@ -192,6 +193,30 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
 def test_values_that_do_not_fit_together_are_refused(values, key):
   with pytest.raises(ValueError, match=re.escape(key)):
     configs.finalize(changed(**values))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("90%", ("share", 0.9)), ("0.5%", ("share", 0.005)), ("12", ("time", 12)), ("-3", ("time", -3)),
+    ("1.5e9", ("time", 1.5e9)), ("1970-01-02", ("date", 86400.0)), ("1970-01-01T00:00:01+01:00", ("date", -3599.0)),
+])
+def test_moments_are_shares_numbers_or_dates(text, expected):
+  found = configs.parse_moment(text, "key")
+  assert found == pytest.approx(expected) if isinstance(expected[1], float) and found[0] == expected[0] else (
+      found == expected and type(found[1]) is type(expected[1]))
+
+
+@pytest.mark.parametrize("text", ["", "%", "0%", "100%", "-5%", "nan", "inf", "nan%", "2024-13-01", "yesterday"])
+def test_what_is_no_moment_is_refused(text):
+  with pytest.raises(ValueError, match=re.escape(f"config.data.split.test_from={text!r} is no share")):
+    configs.finalize(changed(data__split__name="time", data__split__test_from=text))
+  configs.finalize(changed(data__split__test_from=text))  # not read there
+
+
+def test_rating_floors_are_numbers_and_users_are_left_to_train_on():
+  with pytest.raises(ValueError, match="config.data.min_rating=nan must be a finite number"):
+    configs.finalize(changed(data__min_rating=float("nan")))
+  with pytest.raises(ValueError, match="leave no user to train on"):
+    configs.finalize(changed(data__split__name="users", data__split__valid_share=0.5, data__split__test_share=0.5))
 
 
 @pytest.mark.parametrize("values", [

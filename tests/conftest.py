@@ -12,7 +12,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny_config  # noqa: E402
 
-from awrsr_jax.data.corpus import Corpus  # noqa: E402
+from awrsr_jax.data import splits  # noqa: E402
+from awrsr_jax.data.corpus import Corpus, count_trained  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -30,11 +31,17 @@ def small_config():
   return tiny_config.get_config()
 
 
+def from_arrays(items: np.ndarray, offsets: np.ndarray, split: splits.Split, num_items: int | None = None) -> Corpus:
+  """Returns a Corpus of item numbers, without raw ids of its own."""
+  num_items = int(items.max()) if num_items is None else num_items
+  return Corpus(items, offsets, split, np.arange(len(offsets) - 1), np.arange(num_items + 1), {}, "made for a test", None,
+                count_trained(items, offsets, split, num_items))
+
+
 @pytest.fixture
 def make_corpus():
-  """Returns a function: lists of item numbers, one a user -> Corpus."""
-  def make(histories: list[list[int]]) -> Corpus:
-    items = np.concatenate(histories).astype(np.int32)
+  """Returns a function: lists of item numbers, one a user, and what makes a split of offsets -> Corpus."""
+  def make(histories: list[list[int]], make_split=splits.leave_one_out) -> Corpus:
     offsets = np.cumsum([0, *map(len, histories)])
-    return Corpus(items, offsets, np.arange(len(histories)), np.arange(items.max() + 1), {}, "made for a test", None)
+    return from_arrays(np.concatenate(histories).astype(np.int32), offsets, make_split(offsets))
   return make

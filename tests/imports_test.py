@@ -13,13 +13,14 @@ PACKAGE = "awrsr_jax"
 # above it in this list.
 ORDER = (
     "config", "command",
-    "data.text", "data.from_tfds", "data.movielens", "data.readers", "data.synthetic", "data.corpus", "data.batches",
+    "data.log", "data.rules", "data.text", "data.tables", "data.from_tfds", "data.movielens", "data.readers",
+    "data.synthetic", "data.splits", "data.corpus", "data.statistics", "data.records", "data.batches",
     "model.dropout", "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden",
     "model.sasrec", "model.stosa", "model.backbones", "model.losses",
     "engine.processes", "engine.mesh", "engine.feed", "engine.state", "engine.objective", "engine.step",
     "engine.ranking", "engine.compiling", "engine.memory", "engine.run_folder", "engine.checkpoint", "engine.train",
-    "main",
-  "bench.contenders", "bench.measures", "bench.__main__",
+    "main", "prepare", "describe", "baselines",
+    "bench.contenders", "bench.measures", "bench.__main__",
 )
 FILES = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path
          for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
@@ -71,7 +72,7 @@ def test_packages_import_nothing():
     ("from awrsr_jax import config", ["config"]),
     ("from awrsr_jax.config import walk", ["config"]),
     ("from awrsr_jax.engine import mesh, state", ["engine.mesh", "engine.state"]),
-    ("def f():\n  from awrsr_jax.data.text import Interactions", ["data.text"]),
+    ("def f():\n  from awrsr_jax.data.log import Interactions", ["data.log"]),
     ("from .mesh import make_mesh", ["engine.mesh"]),
     ("from . import mesh", ["engine.mesh"]),
     ("from ..model import losses", ["model.losses"]),

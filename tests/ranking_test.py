@@ -270,7 +270,7 @@ def test_metrics_of_many_users_keep_their_digits():
 
 
 def test_the_protocol_in_words_has_the_tie_rule_and_labels_samples():
-  words = {protocol: ranking.describe_protocol(protocol) for protocol in ("full", "uniform100", "popular100")}
+  words = {protocol: ranking.describe_protocol(protocol, "leave-one-out") for protocol in ("full", "uniform100", "popular100")}
   assert all(ranking.TIE_RULE in text for text in words.values())
   assert {protocol for protocol, text in words.items() if "SAMPLED" in text} == {"uniform100", "popular100"}
 
@@ -286,7 +286,7 @@ def test_the_oracle_ranks_as_a_loop_over_users(protocol):
   config.eval.protocol, config.eval.batch_size = protocol, 16
   corpus = data_corpus.load(config.data)
   batches = data_batches.ranking_batches(corpus, config, "test")
-  got = ranking.rank_oracle(batches)
+  got = ranking.rank_by(batches, corpus.oracle)
   candidates = {}
   if protocol != "full":
     drawn = np.concatenate([batch["candidates"] for batch in batches])
@@ -307,7 +307,7 @@ def test_the_oracle_gives_ties_their_middle_and_skips_the_history(make_corpus):
   corpus = data_corpus.dataclasses.replace(corpus, oracle=lambda histories: np.tile(law, (len(histories), 1)))
   config = make_config(eval__batch_size=3)
   batches = data_batches.ranking_batches(corpus, config, "test")
-  ranks = dict(zip(batches.users.tolist(), ranking.rank_oracle(batches).tolist(), strict=True))
+  ranks = dict(zip(batches.users.tolist(), ranking.rank_by(batches, corpus.oracle).tolist(), strict=True))
   # user 0: target 5 (score 2) against item 6; user 1: 2 against 3 (tied), 4, 6; user 2: 4 (seen before, score 1)
   # against 1, 3, 5 and 6; user 3: 6 (score .5) against 3, 4, 5
   assert ranks == {0: 1.0, 1: 1.5, 2: 4.0, 3: 4.0}

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from awrsr_jax.config import default
-from awrsr_jax.data import from_tfds, movielens, readers, text
+from awrsr_jax.data import from_tfds, log, movielens, readers, text
 
 SHARED = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
 RATINGS_DAT = "7::10::5::300\n7::20::4::100\n3::10::3::200\n"
@@ -29,16 +29,27 @@ def write(folder, name, content):
   return path
 
 
-def read(path, form="auto"):
+def read_data(data):
+  """Reads what `config.data` names, with all that is checked of its rows."""
+  found = readers.read(log.open_database(), data)
+  rows = log.clean(found, data.min_rating, data.on_bad_row)
+  return found, rows
+
+
+def read(path, form="auto", on_bad_row="error"):
   """Reads a path as `config.data` would."""
   data = default().data
-  data.path, data.format = str(path), form
-  return readers.read(data)
+  data.path, data.format, data.on_bad_row = str(path), form, on_bad_row
+  return read_data(data)[0]
 
 
 def columns(found):
-  """Returns users, items and times as lists."""
-  return found.users.tolist(), found.items.tolist(), None if found.times is None else found.times.tolist()
+  """Returns users, items and times in raw ids, as lists; the times None where all are 0."""
+  rows = found.database.execute("SELECT users.raw, items.raw, time FROM coded JOIN users ON user = users.code JOIN items "
+                                "ON item = items.code ORDER BY row").fetchall()
+  number = lambda raw: int(raw) if str(raw).isdigit() else raw  # noqa: E731
+  users, items, times = map(list, zip(*rows, strict=True))
+  return list(map(number, users)), list(map(number, items)), times if any(times) else None
 
 
 def test_sequences(tmp_path):
@@ -125,29 +136,36 @@ def test_titles_beside_the_ratings(tmp_path, ratings, titles, content, encoding,
     write(tmp_path, titles, content.encode(encoding))
     path = str(tmp_path)
   found = read(path)
-  assert found.titles == {10: "Café (1995)", 20: "Two"}
+  assert found.titles == {"10": "Café (1995)", "20": "Two"}
   assert columns(found) == ([7, 7, 3], [10, 20, 10], [300, 100, 200])
 
 
-@pytest.mark.parametrize("row, shown", [("7::20::4", "7::20::4'"), ("7::x::4::100", "'7::x::4::100'"),
-                                        ("7::20::4::1e9", "1e9"), ("7::20::4::1::2", "7::20::4::1::2")])
-def test_a_bad_movielens_row_is_refused_with_its_place(tmp_path, row, shown):
-  path = write(tmp_path, "ratings.dat", f"7::10::5::300\n\n{row}\n3::10::3::200\n")
+@pytest.mark.parametrize("row, reason", [
+    ("7::20::4", "Expected Number of Columns: 4 Found: 3"), ("7::20::4::1::2", "Expected Number of Columns: 4 Found: 5"),
+    ("7::20::4::late", "time='late'"), ("7::::4::100", "item=none"), ("7::20::4::", "time=none")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_movielens_row_is_refused_with_its_place_or_left_out(tmp_path, row, reason, packed, caplog):
+  content = f"7::10::5::300\n\n{row}\n3::10::3::200\n"
+  path = write(tmp_path, "ratings.dat", content)
+  if packed:
+    path = os.path.join(tmp_path, "ml.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+      archive.writestr("ml/ratings.dat", content)
   with pytest.raises(ValueError) as error:
     read(path)
-  assert f"{path}:3:" in str(error.value) and shown in str(error.value)
+  for part in (f"{path}{'/ml/ratings.dat' if packed else ''}:3: {row!r}", reason, "--config.data.on_bad_row=skip"):
+    assert part in str(error.value), error.value
+  assert columns(read(path, on_bad_row="skip"))[0] == [7, 3] and "bad and were left out" in caplog.text
 
 
 def test_the_header_of_a_csv_counts_as_a_line(tmp_path):
   path = write(tmp_path, "ratings.csv", "userId,movieId,rating,timestamp\n1,2,3.5,4\n1,,3.5,4\n")
-  with pytest.raises(ValueError, match="ratings.csv:3: '1,,3.5,4'"):
+  with pytest.raises(ValueError, match="ratings.csv:3: '1,,3.5,4': user='1', item=none"):
     read(path)
 
 
-def test_movielens_ids_below_1_and_empty_files_are_refused(tmp_path):
-  with pytest.raises(ValueError, match="ratings.dat:3: item id 0 is below 1"):
-    read(write(tmp_path, "ratings.dat", "7::10::5::300\n\n7::0::5::300\n"))
-  with pytest.raises(ValueError, match="u.data has no ratings"):
+def test_empty_movielens_files_are_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"u.data has no interactions \(0 rows"):
     read(write(tmp_path, "u.data", "\n"))
 
 
@@ -182,16 +200,16 @@ def test_nothing_to_read_names_the_flag(name, form):
   data = default().data
   data.name, data.format = name, form
   with pytest.raises(ValueError, match="nothing to read.*--config.data.path=FILE"):
-    readers.read(data)
+    read_data(data)
 
 
 def test_the_shared_raw_files():
   path = os.path.join(SHARED, "raw", "ml-100k.u.data")
   if not os.path.exists(path):
     pytest.skip("needs ../shared/data/raw/ml-100k.u.data, which is not distributed")
-  found = read(path)
-  assert found.users.size == 100000 and np.unique(found.users).size == 943 and np.unique(found.items).size == 1682
-  assert (found.users[0], found.items[0], found.times[0]) == (196, 242, 881250949)
+  users, items, times = columns(read(path))
+  assert len(users) == 100000 and len(set(users)) == 943 and len(set(items)) == 1682
+  assert (users[0], items[0], times[0]) == (196, 242, 881250949)
 
 
 def fail(*_, **__):
@@ -207,11 +225,11 @@ def test_without_a_network_the_error_comes_at_once_and_names_the_flag(monkeypatc
   data.name = "ml-1m"
   start = time.monotonic()
   with pytest.raises(ValueError, match=r"cannot reach https://files.*ml-1m.zip: no network.*--config.data.path=FILE"):
-    readers.read(data)
+    read_data(data)
   monkeypatch.setattr(from_tfds, "check_reachable", lambda *_: None)  # the network goes after the check
   monkeypatch.setattr(tfds.download.DownloadManager, "download", fail)
   with pytest.raises(ValueError, match="cannot download .*ml-1m.zip.*no network.*--config.data.path=FILE"):
-    readers.read(data)
+    read_data(data)
   assert time.monotonic() - start < 5
 
 
@@ -246,7 +264,7 @@ def test_a_download_is_hashed_kept_and_hashed_again(monkeypatch, tmp_path):
     monkeypatch.setitem(movielens.DOWNLOADS, "ml-tiny", right)
     data = default().data
     data.name = "ml-tiny"
-    assert columns(readers.read(data)) == ([7, 7, 3], [10, 20, 10], [300, 100, 200])
+    assert columns(read_data(data)[0]) == ([7, 7, 3], [10, 20, 10], [300, 100, 200])
   finally:
     server.shutdown()
     server.server_close()
@@ -290,36 +308,36 @@ def prepared(tmp_path_factory):
 def tfds_data(path):
   """Returns `config.data` for the prepared set."""
   data = default().data
-  data.path, data.format, data.tfds.time, data.tfds.title = path, "tfds", "when/timestamp", "title"
+  data.path, data.format = path, "tfds"
+  data.columns.update(user="user_id", item="movie_id", time="when/timestamp", title="title")
   return data
 
 
 def test_tfds_rows_are_read_without_tensorflow(prepared, caplog):
   path, rows = prepared
-  found = readers.read(tfds_data(path))
-  assert found.users.dtype.kind == "U" and found.items.dtype == found.times.dtype == np.int64
+  found = read_data(tfds_data(path))[0]
   assert sorted(zip(*columns(found), strict=True)) == sorted(row[:3] for row in rows)
-  assert found.titles == {n: f"Title {n}" for n in range(1, 8)}
+  assert found.titles == {str(n): f"Title {n}" for n in range(1, 8)}
   assert "20 of 36 neighbours in a history have equal times" in caplog.text
   assert "tensorflow" not in sys.modules
   data = tfds_data(path)
-  data.format, data.tfds.title = "auto", ""
-  again = readers.read(data)
+  data.format, data.columns.title = "auto", ""
+  again = read_data(data)[0]
   assert columns(again) == columns(found) and again.titles == {}
 
 
 @pytest.mark.parametrize("key, value, parts", [
-    ("user", "nobody", ["no field 'nobody'", "movie_id", "when/timestamp", "--config.data.tfds.user=FIELD"]),
-    ("time", "", ["no field ''", "--config.data.tfds.time=FIELD"]),
+    ("user", "nobody", ["no column 'nobody'", "movie_id", "when/timestamp", "--config.data.columns.user=NAME"]),
+    ("time", "", ["which of the columns", "--config.data.columns.user=NAME", ".time=NAME"]),
     ("time", "title", ["'title' is not a time"]),
     ("item", "pair", ["'pair' has 80 values in 40 records"]),
     ("split", "test", ["no split 'test', but ['train']", "--config.data.tfds.split=NAME"]),
 ])
 def test_tfds_fields_that_do_not_fit_are_refused(prepared, key, value, parts):
   data = tfds_data(prepared[0])
-  data.tfds[key] = value
+  (data.tfds if key == "split" else data.columns)[key] = value
   with pytest.raises(ValueError) as error:
-    readers.read(data)
+    read_data(data)
   assert all(part in str(error.value) for part in parts), error.value
 
 
@@ -328,17 +346,17 @@ def test_tfds_sets_that_are_not_there_are_refused(monkeypatch, tmp_path):
   monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
   monkeypatch.setattr(requests, "head", fail)
   with pytest.raises(ValueError, match="not a prepared TFDS data set.*dataset_info.json"):
-    readers.read(tfds_data(str(tmp_path)))
+    read_data(tfds_data(str(tmp_path)))
   data = tfds_data("")
   with pytest.raises(ValueError, match="needs --config.data.tfds.name=NAME"):
-    readers.read(data)
+    read_data(data)
   data.tfds.name = "no_such_data_set_anywhere"
   with pytest.raises(ValueError, match="TFDS knows no data set 'no_such_data_set_anywhere'"):
-    readers.read(data)
+    read_data(data)
   data.tfds.name = "movielens/100k-ratings"
   data.format = "auto"
   with pytest.raises(ValueError, match="cannot reach .*not prepared in .*array_record.*--config.data.path"):
-    readers.read(data)
+    read_data(data)
 
 
 def test_ids_are_located_by_line():

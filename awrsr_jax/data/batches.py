@@ -154,8 +154,9 @@ class TrainBatches:
     rows = rows[order[batch] * self.batch_size:(order[batch] + 1) * self.batch_size]
     length = self.buckets[self._bucket_of_row[rows[-1]]]
     starts, ends = (take_parts(x[rows], self.batch_size, self.parts) for x in (self.starts, self.ends))
-    return {"inputs": gather_rows(self.items, starts, ends - 1, length),
-            "targets": gather_rows(self.items, starts + 1, ends, length)}
+    rows = gather_rows(self.items, starts, ends, length + 1)
+    inputs = np.ascontiguousarray(rows[:, :-1])
+    return {"inputs": inputs, "targets": np.where(inputs > 0, rows[:, 1:], 0)}  # the first item is no target
 
 
 def training_batches(corpus: Corpus, config: Any, parts: Parts = WHOLE) -> TrainBatches:

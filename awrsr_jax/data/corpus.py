@@ -137,7 +137,7 @@ def number(database: duckdb.DuckDBPyConnection, log: logs.Log, read: dict[str, i
     The corpus.
   """
   user_codes, lengths = rules.codes(database, "user")
-  item_codes, item_counts = rules.codes(database, "item")
+  item_codes, _ = rules.codes(database, "item")
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   user_ids = logs.fetch_ids(database, "users", user_codes)
   item_ids = logs.fetch_ids(database, "items", item_codes)
@@ -149,10 +149,7 @@ def number(database: duckdb.DuckDBPyConnection, log: logs.Log, read: dict[str, i
   items = np.concatenate(list(chunks)) if store is None else store(chunks, offsets, user_ids)
   item_ids = np.concatenate([np.zeros(1, item_ids.dtype), item_ids])  # 0 or ""
   titles = {at: log.titles[str(raw)] for at, raw in enumerate(item_ids.tolist()) if at and str(raw) in log.titles}
-  counts = np.concatenate([[0], item_counts])
-  for first, last in chunks_of_users(offsets):
-    counts -= np.bincount(items[offsets[first]:offsets[last]][~_trained(offsets, split, first, last)],
-                          minlength=len(counts))
+  counts = count_trained(items, offsets, split, len(item_codes))
   return Corpus(items, offsets, split, user_ids, item_ids, titles, data.name or log.source, _find_oracle(
       item_ids, int(offsets[-1]) == read["rows"], data), counts)
 
@@ -166,10 +163,14 @@ def chunks_of_users(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
     first = last
 
 
-def _trained(offsets: np.ndarray, split: splits.Split, first: int, last: int) -> np.ndarray:
-  """Returns whether each interaction of users first .. last - 1 is trained on."""
-  place = np.arange(offsets[first], offsets[last])
-  return place < np.repeat(split.train_ends[first:last], np.diff(offsets[first:last + 1]))
+def count_trained(items: Any, offsets: np.ndarray, split: splits.Split, num_items: int) -> np.ndarray:
+  """Returns (I + 1,) int64 how often each item is trained on."""
+  counts = np.zeros(num_items + 1, np.int64)
+  for first, last in chunks_of_users(offsets):
+    ends_N = np.repeat(split.train_ends[first:last], np.diff(offsets[first:last + 1]))
+    is_trained = np.arange(offsets[first], offsets[last]) < ends_N
+    counts += np.bincount(items[offsets[first]:offsets[last]][is_trained], minlength=num_items + 1)
+  return counts
 
 
 def _make_split(database: duckdb.DuckDBPyConnection, log: logs.Log, offsets: np.ndarray, user_ids: np.ndarray,
@@ -180,7 +181,8 @@ def _make_split(database: duckdb.DuckDBPyConnection, log: logs.Log, offsets: np.
       return splits.leave_one_out(offsets)
     case "users":
       return splits.by_users(offsets, user_ids, wanted.valid_share, wanted.test_share, wanted.seed)
-  valid_from, test_from = (_find_moment(database, wanted[key], key) for key in ("valid_from", "test_from"))
+  valid_from = _find_moment(database, wanted.valid_from, "valid_from")
+  test_from = _find_moment(database, wanted.test_from, "test_from")
   if valid_from >= test_from:
     raise ValueError(f"config.data.split.valid_from={wanted.valid_from} ({logs.describe_time(valid_from)}) is not before "
                      f"test_from={wanted.test_from} ({logs.describe_time(test_from)})")

@@ -2,8 +2,8 @@
 
 `prepare` makes a folder, which is also a data set that TFDS opens (`tfds.builder_from_directory(folder)`):
 
-  awrsr_corpus-train.array_record-*    a `tf.train.Example` for each user, in the order of raw ids: `user` (raw id as text)
-                                       and `items` (item numbers as int32 bytes, oldest first)
+  awrsr_corpus-train.array_record-*    a `tf.train.Example` for each user, in the order of raw ids: `id` (raw, as text) and
+                                       `items` (item numbers as int32, oldest first), which are its last bytes
   dataset_info.json, features.json     what TFDS needs
   users.parquet, items.parquet         raw ids (titles, and how often each item is trained on) by number
   split.npz                            lengths of histories, ends of training parts, positions of ranked items
@@ -40,7 +40,7 @@ from awrsr_jax.data.corpus import Corpus
 
 LOG = logging.getLogger(__name__)
 SCHEMA = 1
-SHARD_BYTES = 1 << 27
+SHARD_BYTES = 1 << 30
 NAME = "awrsr_corpus"
 RULES = ("min_rating", "duplicates", "k_core", "max_history", "split.")  # of config.data: what makes a corpus another one
 
@@ -78,8 +78,8 @@ class Records:
       return self.gather(place, place + 1, 1)[:, 0]
     start, stop, _ = place.indices(len(self))
     first, last = splits.users_of(self._offsets, np.array([start, max(stop - 1, start)]))
-    users = self._read_range(int(first), int(last) + 1)
-    return np.concatenate(users)[start - self._offsets[first]:stop - self._offsets[first]]
+    histories = list(self._read_range(int(first), int(last) + 1))
+    return np.concatenate(histories)[start - self._offsets[first]:stop - self._offsets[first]]
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.asarray(self[:], dtype)
@@ -93,31 +93,27 @@ class Records:
     for shard in np.unique(shard_B[real_B]):
       rows = np.flatnonzero(real_B & (shard_B == shard))
       users = user_B[rows]
-      found = self._decode(self._read(shard, (users - self._first_user[shard]).tolist()))
-      for row, items, before in zip(rows.tolist(), found, self._offsets[users].tolist(), strict=True):
-        items = items[max(starts[row] - before, ends[row] - before - length):ends[row] - before]
-        rows_BxL[row, length - len(items):] = items
+      records = self._read(shard, (users - self._first_user[shard]).tolist())
+      count = np.minimum(ends[rows] - starts[rows], length)
+      from_end = self._offsets[users + 1] - ends[rows] + count
+      for row, record, k, back in zip(rows.tolist(), records, count.tolist(), from_end.tolist(), strict=True):
+        rows_BxL[row, length - k:] = np.frombuffer(record, "<i4", k, len(record) - 4 * back)
     return rows_BxL
 
-  def _read_range(self, first: int, last: int) -> list[np.ndarray]:
-    """Returns the histories of users first .. last - 1."""
-    found = []
+  def _read_range(self, first: int, last: int) -> Iterator[np.ndarray]:
+    """Yields the histories of users first .. last - 1."""
     for shard in range(len(self._shards)):
       low, high = max(first, self._first_user[shard]), min(last, self._first_user[shard + 1])
       if low < high:
-        found += self._decode(self._read(shard, int(low - self._first_user[shard]), int(high - self._first_user[shard])))
-    return found
+        records = self._read(shard, int(low - self._first_user[shard]), int(high - self._first_user[shard]))
+        for record, length in zip(records, np.diff(self._offsets[low:high + 1]).tolist(), strict=True):
+          yield np.frombuffer(record, "<i4", length, len(record) - 4 * length)
 
   def _read(self, shard: int, *what: Any) -> list[bytes]:
     try:
       return self._reader(shard).read(*what)
     except (RuntimeError, ValueError, IndexError) as error:
       raise ValueError(f"{self._folder / self._shards[shard]} is damaged: {error}; prepare the corpus again") from error
-
-  def _decode(self, records: list[bytes]) -> list[np.ndarray]:
-    from tensorflow_datasets.proto import tf_example_pb2
-    parse = tf_example_pb2.Example.FromString
-    return [np.frombuffer(parse(record).features.feature["items"].bytes_list.value[0], "<i4") for record in records]
 
   def _reader(self, shard: int) -> Any:
     from array_record.python import array_record_module
@@ -341,9 +337,9 @@ def _write_records(folder: pathlib.Path, chunks: Iterator[np.ndarray], offsets: 
     writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
     for user, items in zip(user_ids[first:last].tolist(), histories, strict=False):
       example = tf_example_pb2.Example()
-      example.features.feature["user"].bytes_list.value.append(str(user).encode(errors="surrogatepass"))
+      example.features.feature["id"].bytes_list.value.append(str(user).encode(errors="surrogatepass"))
       example.features.feature["items"].bytes_list.value.append(items.astype("<i4").tobytes())
-      writer.write(example.SerializeToString())
+      writer.write(example.SerializeToString(deterministic=True))  # features by name: "items" comes last
     writer.close()
   return dict(zip(names, np.diff(bounds).tolist(), strict=True))
 
@@ -383,7 +379,7 @@ def _write_tfds(folder: pathlib.Path, corpus: Corpus, users_of_shards: list[int]
   import tensorflow_datasets as tfds
   template = tfds.core.ShardedFileTemplate(data_dir=tfds.core.Path(folder), dataset_name=NAME, split="train",
                                            filetype_suffix="array_record")
-  features = tfds.features.FeaturesDict({"user": tfds.features.Text(), "items": tfds.features.Tensor(
+  features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "items": tfds.features.Tensor(
       shape=(None,), dtype=np.int32, encoding=tfds.features.Encoding.BYTES)})
   info = tfds.core.SplitInfo(name="train", shard_lengths=users_of_shards, num_bytes=4 * corpus.num_interactions,
                              filename_template=template)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from awrsr_jax.data.text import Interactions
+from awrsr_jax.data.log import Interactions
 
 LATENT = 8  # width of the law's own item vectors
 SHARPNESS = 1.0  # scale of the logits at temperature 1

@@ -144,13 +144,19 @@ def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]
   Raises:
     ValueError: a column that the config names is not there, or no layout fits.
   """
-  chosen = {key: columns[key] for key in KEYS if columns[key]}
+  chosen = {"user": columns.user, "item": columns.item, "time": columns.time, "rating": columns.rating,
+            "title": columns.title}
+  chosen = {key: name for key, name in chosen.items() if name}
   for key, name in chosen.items():
     if name not in names:
       raise ValueError(f"{where} has no column {name!r}, but {names}; set --config.data.columns.{key}=NAME")
   for layout in LAYOUTS.values():
     full = {key: name for key, name in zip(KEYS, layout, strict=True) if name in names} | chosen
-    if {"user", "item", "time"} <= full.keys():
+    if tuple(full.get(key) for key in KEYS[:3]) == layout[:3]:
+      return {key: full[key] for key in KEYS if key in full}
+  for layout in LAYOUTS.values():  # what the config names, and the rest of user, item and time
+    full = {key: name for key, name in zip(KEYS[:3], layout[:3], strict=True) if name in names} | chosen
+    if set(KEYS[:3]) <= full.keys():
       return {key: full[key] for key in KEYS if key in full}
   known = "; ".join(f"{', '.join(layout[:3])} ({name})" for name, layout in LAYOUTS.items())
   raise ValueError(f"{where}: which of the columns {names} are user, item and time? Known are {known}; for others set "
