@@ -15,7 +15,7 @@ from awrsr_jax.data import log as logs
 from awrsr_jax.data import readers, rules, splits, synthetic
 
 LOG = logging.getLogger(__name__)
-CHUNK = 1 << 22  # interactions looked at together where a corpus may be larger than memory
+CHUNK = 1 << 21  # interactions looked at together where a corpus may be larger than memory
 
 # name: users, items, interactions, fingerprint
 BENCHMARKS = {
@@ -95,8 +95,12 @@ def load(data: ml_collections.ConfigDict, table: Any = None) -> Corpus:
     ValueError: see `readers.read`, `log.clean` and `rules.apply_rules`; or the split does not fit, there are fewer than
       2 items, or a benchmark differs.
   """
-  with logs.open_database() as database:
-    corpus = number(database, *read_log(database, data, table), data)
+  try:
+    with logs.open_database() as database:
+      corpus = number(database, *read_log(database, data, table), data)
+  except (duckdb.OutOfMemoryException, MemoryError) as error:
+    raise ValueError(f"the log does not fit into memory ({str(error).splitlines()[:1]}); make a prepared corpus of it: "
+                     "python -m awrsr_jax.prepare --config=... --out=FOLDER, then --config.data.path=FOLDER") from error
   return check(corpus, data)
 
 
@@ -163,14 +167,17 @@ def chunks_of_users(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
     first = last
 
 
-def count_trained(items: Any, offsets: np.ndarray, split: splits.Split, num_items: int) -> np.ndarray:
-  """Returns (I + 1,) int64 how often each item is trained on."""
-  counts = np.zeros(num_items + 1, np.int64)
+def training_parts(items: Any, offsets: np.ndarray, split: splits.Split) -> Iterator[np.ndarray]:
+  """Yields the items that are trained on, user after user, in pieces."""
   for first, last in chunks_of_users(offsets):
     ends_N = np.repeat(split.train_ends[first:last], np.diff(offsets[first:last + 1]))
     is_trained = np.arange(offsets[first], offsets[last]) < ends_N
-    counts += np.bincount(items[offsets[first]:offsets[last]][is_trained], minlength=num_items + 1)
-  return counts
+    yield items[offsets[first]:offsets[last]][is_trained]
+
+
+def count_trained(items: Any, offsets: np.ndarray, split: splits.Split, num_items: int) -> np.ndarray:
+  """Returns (I + 1,) int64 how often each item is trained on."""
+  return sum(np.bincount(part, minlength=num_items + 1) for part in training_parts(items, offsets, split))
 
 
 def _make_split(database: duckdb.DuckDBPyConnection, log: logs.Log, offsets: np.ndarray, user_ids: np.ndarray,

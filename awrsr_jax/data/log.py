@@ -229,7 +229,7 @@ def _check_times(log: Log) -> None:
                                 "GROUP BY unit ORDER BY unit").fetchall()
   total = sum(count for _, count, *_ in groups)
   for before, after in zip(groups[:-1], groups[1:], strict=True):
-    if after[2] > FAR * before[3]:
+    if after[2] > FAR * max(abs(before[2]), abs(before[3])):
       rare = min(before, after, key=lambda found: found[1])
       raise ValueError(f"{log.locate(rare[4])}: {rare[1]} of {total} times lie between {rare[2]} and {rare[3]}, far from "
                        f"the others ({before[2]} to {before[3]}, then {after[2]} to {after[3]}): mixed time units, or "

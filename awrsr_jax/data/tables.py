@@ -111,6 +111,8 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
     columns = ", ".join(f'{_name(name)} AS "{key}"' for key, name in chosen.items())
     database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM {scan}", {"files": files})
   except duckdb.Error as error:
+    if isinstance(error, duckdb.OutOfMemoryException) or "write" in _first_line(error):
+      raise  # nothing is wrong with the files
     raise ValueError(f"cannot read {path}: {_first_line(error)}; is the file whole, and utf-8 text?") from error
   if kind == "csv":
     _settle_rejects(database, files, data.on_bad_row)

@@ -1,0 +1,180 @@
+"""The log and its rules: ids, times, ratings, duplicates, k-core, longest history, against loops in Python."""
+
+import collections
+import decimal
+import time
+import uuid
+
+import numpy as np
+import pandas
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from awrsr_jax.config import default
+from awrsr_jax.data import log, readers, rules
+
+
+def clean(columns, min_rating=None, on_bad_row="error", **values):
+  """Returns the database of a table given as columns, after `values` of config.data."""
+  data = default().data
+  data.update(values)
+  database = log.open_database()
+  counts = log.clean(readers.read(database, data, pandas.DataFrame(columns)), min_rating, on_bad_row)
+  return database, counts
+
+
+def raw_rows(database):
+  """Returns (user, item, time) in raw ids, in source order."""
+  return database.execute("SELECT users.raw, items.raw, time FROM coded JOIN users ON user = users.code JOIN items ON "
+                          "item = items.code ORDER BY row").fetchall()
+
+
+def table(users, items=None, times=None, **more):
+  count = len(users)
+  return {"user": users, "item": items or ["i"] * count, "time": times or list(range(count)), **more}
+
+
+@pytest.mark.parametrize("ids, ordered", [
+    ([10, 9, 2**62, -3], [-3, 9, 10, 2**62]),
+    (["10", "9", "100"], [9, 10, 100]),  # whole numbers, all of them: in the order of numbers
+    (["10", "09", "9"], ["09", "10", "9"]),  # as numbers two would be one
+    (["b", "a", "B", "é", "一"], ["B", "a", "b", "é", "一"]),
+    (["1", "1.0", "1e0"], ["1", "1.0", "1e0"]),
+    ([3.0, 1.0, 2.0], [1, 2, 3]),
+    ([uuid.UUID(int=5), uuid.UUID(int=3)], [str(uuid.UUID(int=3)), str(uuid.UUID(int=5))]),
+    ([str(2**64), "5"], [str(2**64), "5"]),
+])
+def test_ids_of_any_type_are_numbered_in_order_and_come_back(ids, ordered):
+  database, _ = clean(table(ids))
+  codes = database.execute("SELECT code FROM users ORDER BY code").fetchnumpy()["code"]
+  assert codes.tolist() == list(range(1, len(ids) + 1))
+  assert log.fetch_ids(database, "users", codes).tolist() == ordered
+
+
+@pytest.mark.parametrize("ids", [["a", " a"], ["a", "a\t"], ["é", "e\u0301"]])
+def test_ids_that_look_alike_are_refused(ids):
+  with pytest.raises(ValueError, match="two user ids, .* and .*, differ only in spaces around them or in their Unicode"):
+    clean(table(ids))
+
+
+def test_fractions_are_no_ids():
+  with pytest.raises(ValueError, match="table, row 2: the user ids are real numbers, and not all whole"):
+    clean(table([1.0, 2.5]))
+
+
+def test_missing_values_of_python_tables_are_bad_rows():
+  rows = table([1.0, np.nan, 3.0], ["x", "y", None], [1, 2, 3])
+  with pytest.raises(ValueError, match=r"row 2: user=none, item='y', time='2': a row needs .*2 of 3 rows are bad"):
+    clean(rows)
+  database, counts = clean(rows, on_bad_row="skip")
+  assert raw_rows(database) == [(1, "x", 1)] and counts == {"rows": 3, "bad_rows": 2, "low_ratings": 0}
+
+
+def test_ratings_below_the_floor_are_left_out_and_are_not_bad():
+  rows = table([1, 2, 3, 4], rating=["5", "3", "3.5", "x"])
+  database, counts = clean(rows, 3.5, "skip")
+  assert [row[0] for row in raw_rows(database)] == [1, 3] and counts == {"rows": 4, "bad_rows": 1, "low_ratings": 1}
+  with pytest.raises(ValueError, match="row 4: .*rating='x'.* and a rating"):
+    clean(rows, 3.5)
+  assert clean(rows)[1]["bad_rows"] == 0  # nobody asks for ratings
+  with pytest.raises(ValueError, match="has no ratings; leave min_rating out, or .*columns.rating"):
+    clean(table([1]), 3.5)
+  with pytest.raises(ValueError, match="has no interactions .*4 rated below 9"):
+    clean(table([1, 2, 3, 4], rating=[1, 2, 3, 4]), 9.0)
+
+
+@pytest.mark.parametrize("times, expected", [
+    (["5", "7"], [5, 7]), (["5", "7.5"], [5.0, 7.5]), ([5.0, 7.5], [5.0, 7.5]), (["1e9", "1500000000.5"], [1e9, 1500000000.5]),
+    ([decimal.Decimal("1.5"), decimal.Decimal("2")], [1.5, 2.0]),
+    ([1700000000123456789, 1700000000123456790], [1700000000123456789, 1700000000123456790]),
+    (["1700000000123456789", "1700000000123456790"], [1700000000123456789, 1700000000123456790]),
+    ([pandas.Timestamp("2020-01-01"), pandas.Timestamp("2020-01-02T00:00:01")], [1577836800000000, 1577923201000000]),
+    ([pandas.Timestamp("2020-01-01T02:00+02:00")] * 2, [1577836800000000] * 2),
+    ([0, -5], [0, -5]),
+])
+def test_times_are_numbers_or_dates(times, expected):
+  found = [row[2] for row in raw_rows(clean(table([1, 2], times=times))[0])]
+  assert found == expected and [type(value) for value in found] == [type(value) for value in expected]
+
+
+@pytest.mark.parametrize("times, row, words", [
+    ([1700000000, 1700000001, 1700000002000], 3, "1 of 3 times lie between 1700000002000 and 1700000002000"),
+    ([1700000000000, 1700000001, 1700000002000], 2, "mixed time units"),
+    ([1700000000, 0, 1700000002], 2, "stand-in for a missing time"),
+    ([1700000000, int(time.time()) + 10**6], 2, "lies in the future, read as seconds since 1970"),
+    ([1700000000000, int(time.time() + 10**6) * 1000], 2, "lies in the future, read as milliseconds"),
+    (["2020-01-01", "2999-01-01"], 2, r"lies in the future, read as microseconds since 1970 \(2999-01-01 00:00\)"),
+])
+def test_times_of_several_units_and_of_the_future_are_refused(times, row, words):
+  with pytest.raises(ValueError, match=f"row {row}: .*{words}"):
+    clean(table(list(range(len(times))), times=times))
+
+
+def test_counters_and_times_of_today_are_accepted():
+  for times in ([1, 2, 10**8 + 5, 5 * 10**6], [int(time.time()), 10**9], list(range(50)), [-10**9, 10**8, 10**9]):
+    clean(table(list(range(len(times))), times=times))
+
+
+def apply_in_python(rows, duplicates, k, longest):
+  """Returns the histories that the rules leave, from (user, item, time) rows in source order."""
+  rows = [(*row, place) for place, row in enumerate(rows)]
+  rows.sort(key=lambda row: (row[0], row[2], row[3]))
+  if duplicates == "consecutive":
+    rows = [row for at, row in enumerate(rows) if at == 0 or rows[at - 1][:2] != row[:2]]
+  elif duplicates != "keep":
+    pick = {}
+    for row in rows if duplicates == "last" else reversed(rows):
+      pick[row[:2]] = row
+    rows = [row for row in rows if pick[row[:2]] == row]
+  while k > 1:
+    users, items = (collections.Counter(row[at] for row in rows) for at in (0, 1))
+    kept = [row for row in rows if users[row[0]] >= k and items[row[1]] >= k]
+    if len(kept) == len(rows):
+      break
+    rows = kept
+  histories = collections.defaultdict(list)
+  for row in rows:
+    histories[row[0]].append(row[1])
+  return {user: items[-longest:] for user, items in histories.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=60),
+       duplicates=st.sampled_from(["keep", "first", "last", "consecutive"]), k=st.integers(0, 4),
+       longest=st.integers(0, 5))
+def test_rules_agree_with_loops(rows, duplicates, k, longest):
+  data = default().data
+  data.update(duplicates=duplicates, k_core=k, max_history=longest)
+  expected = apply_in_python(rows, duplicates, k, longest)
+  with log.open_database() as database:
+    log.clean(log.put(database, log.Interactions(*(np.array(column) for column in zip(*rows, strict=True)), {}, "rows")),
+              None, "error")
+    if not expected:
+      with pytest.raises(ValueError, match=f"no users left after k-core {k}"):
+        rules.apply_rules(database, data, "rows")
+      return
+    rules.apply_rules(database, data, "rows")
+    raw = {name: dict(database.execute(f"SELECT code, raw FROM {name}").fetchall()) for name in ("users", "items")}
+    users, counts = rules.codes(database, "user")
+    items = np.concatenate(list(rules.order_items(database)))
+  found = {raw["users"][user]: [raw["items"][item] for item in part] for user, part in
+           zip(users.tolist(), np.split(items, np.cumsum(counts)[:-1]), strict=True)}
+  assert found == expected
+
+
+def test_what_a_rule_takes_is_told(caplog):
+  caplog.set_level("INFO")
+  data = default().data
+  data.update(duplicates="first", max_history=1)
+  database, _ = clean(table([1, 1, 1], ["a", "a", "b"]))
+  rules.apply_rules(database, data, "clicks")
+  assert "duplicates=first of clicks: 1 of 1 users, 2 of 2 items, 2 of 3 interactions kept" in caplog.text
+  assert "max_history=1 of clicks: 1 of 1 users, 1 of 2 items, 1 of 2 interactions kept" in caplog.text
+
+
+@pytest.mark.parametrize("number, words", [
+    (5, "5"), (2.5, "2.5"), (1700000000, "2023-11-14 22:13"), (1700000000000, "2023-11-14 22:13"),
+    (1700000000000000, "2023-11-14 22:13"), (-7, "-7")])
+def test_times_are_shown_as_dates_where_they_are_some(number, words):
+  assert log.describe_time(number) == words
