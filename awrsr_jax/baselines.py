@@ -23,7 +23,7 @@ from etils import epath
 from ml_collections import config_flags
 from scipy import sparse
 
-from awrsr_jax.command import DEFAULT_CONFIG, parse_flags
+from awrsr_jax.command import parse_flags_or_defaults
 from awrsr_jax.config import finalize
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import records
@@ -222,7 +222,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   # Here, so that whoever imports this file may have flags of the same names.
-  CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "A config file, as in configs/.", lock_config=True)
+  CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, as in configs/.", lock_config=True)
   NEIGHBOURS = flags.DEFINE_integer("neighbours", 100, "How many most similar others each item keeps in item-kNN.", 1)
   OUT = flags.DEFINE_string("out", None, "A JSON file for all metrics.")
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=parse_flags_or_defaults)

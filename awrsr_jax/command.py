@@ -11,8 +11,6 @@ from absl import app
 from awrsr_jax import config as defaults
 from awrsr_jax.config import default, walk
 
-DEFAULT_CONFIG = defaults.__file__  # of commands that can do without a config file
-
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; a config key or file that does not exist is one clear line, not a traceback."""
@@ -27,6 +25,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     if name == "config" and value and not pathlib.Path(value.partition(":")[0]).exists():
       sys.exit(f"ValueError: --config={value}: no such file, seen from {pathlib.Path.cwd()}")
   return app.parse_flags_with_usage(argv)
+
+
+def parse_flags_or_defaults(argv: list[str]) -> list[str]:
+  """As parse_flags, of commands that can do without a config file: config.py is one, with the defaults."""
+  # in front and not as the flag's default: that would be read, with all keys, before their names are checked
+  return parse_flags([argv[0], f"--config={defaults.__file__}", *argv[1:]])
 
 
 def cache_folder() -> pathlib.Path:

@@ -4,6 +4,7 @@ DATA stands for --config.data.path; without it the config says what to read. A l
 too, with the reason among the warnings. Logs larger than memory: prepare them, and describe the folder.
 """
 
+import copy
 import json
 import pathlib
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from awrsr_jax.command import DEFAULT_CONFIG, parse_flags
+from awrsr_jax.command import parse_flags_or_defaults
 from awrsr_jax.config import default, finalize, walk
 from awrsr_jax.data import batches, records, statistics
 from awrsr_jax.data import corpus as corpora
@@ -41,7 +42,7 @@ def describe(config: ml_collections.ConfigDict, path: str | None = None) -> dict
     ValueError: the log cannot be read, or a rule leaves nothing of it. Of a prepared folder: it is damaged, or was made
       by other rules than the config has besides defaults.
   """
-  config = ml_collections.ConfigDict(config)
+  config = copy.deepcopy(config)
   if path is not None:
     config.data.path = path
   folder = pathlib.Path(config.data.path)
@@ -118,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "A config file; config.data says what to read, "
-                                           "and by which rules.", lock_config=True)
+  CONFIG = config_flags.DEFINE_config_file("config", None, "A config file; config.data says what to read, and by which "
+                                           "rules.", lock_config=True)
   JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a report.")
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=parse_flags_or_defaults)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from awrsr_jax.command import DEFAULT_CONFIG, parse_flags
+from awrsr_jax.command import parse_flags_or_defaults
 from awrsr_jax.config import finalize
 from awrsr_jax.data import records
 
@@ -32,9 +32,9 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   # Here, so that whoever imports this file may have flags of the same names.
-  CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "A config file; config.data says what to read, and "
+  CONFIG = config_flags.DEFINE_config_file("config", None, "A config file; config.data says what to read, and "
                                            "by which rules.", lock_config=True)
   OUT = flags.DEFINE_string("out", None, "The folder to make.")
   MEMORY = flags.DEFINE_integer("memory_mib", 1024, "What the database may take of memory, in MiB; the rest takes some "
                                 "hundred MiB more.", 64)
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=parse_flags_or_defaults)

@@ -79,8 +79,8 @@ def open_database(folder: str | os.PathLike[str] | None = None, memory: int | No
   database = duckdb.connect(":memory:" if folder is None else os.path.join(folder, "log.duckdb"), config={
       "autoinstall_known_extensions": "false", "preserve_insertion_order": "true"})
   database.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
-  if folder is not None:
-    database.execute("SET temp_directory = $folder", {"folder": os.path.join(folder, "spilled")})
+  spilled = "" if folder is None else os.path.join(folder, "spilled")  # "": nowhere, rather than in the current folder
+  database.execute("SET temp_directory = $folder", {"folder": spilled})
   if memory is not None:
     database.execute("SET memory_limit = $bytes", {"bytes": f"{memory // 2 ** 20}MiB"})
   return database

@@ -93,7 +93,7 @@ class Records:
     for shard in np.unique(shard_B[real_B]):
       rows = np.flatnonzero(real_B & (shard_B == shard))
       users = user_B[rows]
-      records = self._read(shard, (users - self._first_user[shard]).tolist())
+      records = self._read(shard, users - self._first_user[shard])
       count = np.minimum(ends[rows] - starts[rows], length)
       from_end = self._offsets[users + 1] - ends[rows] + count
       for row, record, k, back in zip(rows.tolist(), records, count.tolist(), from_end.tolist(), strict=True):
@@ -105,13 +105,21 @@ class Records:
     for shard in range(len(self._shards)):
       low, high = max(first, self._first_user[shard]), min(last, self._first_user[shard + 1])
       if low < high:
-        records = self._read(shard, int(low - self._first_user[shard]), int(high - self._first_user[shard]))
+        records = self._read(shard, slice(int(low - self._first_user[shard]), int(high - self._first_user[shard])))
         for record, length in zip(records, np.diff(self._offsets[low:high + 1]).tolist(), strict=True):
           yield np.frombuffer(record, "<i4", length, len(record) - 4 * length)
 
-  def _read(self, shard: int, *what: Any) -> list[bytes]:
+  def _read(self, shard: int, which: slice | np.ndarray) -> list[bytes]:
+    """Returns records of a shard: a range in bulk, or any ones."""
+    reader = self._reader(shard)
     try:
-      return self._reader(shard).read(*what)
+      if isinstance(which, slice):
+        return reader.read(which.start, which.stop)
+      records = []
+      for place in which.tolist():  # ten times as fast as reader.read(list) for the few of a batch
+        reader.seek(place)
+        records.append(reader.read())
+      return records
     except (RuntimeError, ValueError, IndexError) as error:
       raise ValueError(f"{self._folder / self._shards[shard]} is damaged: {error}; prepare the corpus again") from error
 
@@ -121,7 +129,7 @@ class Records:
     if shard not in readers:
       path = str(self._folder / self._shards[shard])
       try:
-        readers[shard] = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
+        readers[shard] = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
       except RuntimeError as error:
         raise ValueError(f"{path} cannot be read: {error}; prepare the corpus again") from error
     return readers[shard]

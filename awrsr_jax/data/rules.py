@@ -74,6 +74,7 @@ def order_items(database: duckdb.DuckDBPyConnection) -> Iterator[np.ndarray]:
   database.execute("CREATE TABLE ordered AS SELECT item FROM coded ORDER BY user, time, row")
   for batch in database.sql("SELECT item FROM ordered").to_arrow_reader(1 << 20):
     yield batch.column(0).to_numpy()
+  database.execute("DROP TABLE ordered")
 
 
 def _keep(database: duckdb.DuckDBPyConnection, condition: str) -> None:
