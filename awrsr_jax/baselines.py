@@ -26,7 +26,7 @@ from scipy import sparse
 from awrsr_jax.command import parse_flags_or_defaults
 from awrsr_jax.config import finalize
 from awrsr_jax.data import corpus as corpora
-from awrsr_jax.data import records
+from awrsr_jax.data import prepared
 from awrsr_jax.data.batches import ranking_batches
 from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.data.splits import HELD_OUT
@@ -195,11 +195,11 @@ def run(config: Any, neighbours: int, out: str | None) -> None:
     out: a JSON file for what `measure` returns, written whole or not at all; or None.
 
   Raises:
-    ValueError: see `records.load` and `measure`; or the file cannot be written.
+    ValueError: see `prepared.load` and `measure`; or the file cannot be written.
   """
   if out and (epath.Path(out).is_dir() or not epath.Path(out).parent.is_dir()):
     raise ValueError(f"--out={out} is a folder, or lies in none that exists; name a file in a folder that does")
-  found = measure(records.load(config.data), config, neighbours)
+  found = measure(prepared.load(config.data), config, neighbours)
   print("{name}: {users} users, {items} items, {interactions} interactions".format(**found["corpus"]))
   print(f"{found['protocol']}\n{format_table(found['baselines'])}")
   if out:

@@ -44,7 +44,8 @@ CHOICES = {
 # key -> smallest allowed value, and whether that value itself is allowed
 BOUNDS = {
     "seed": (0, True), "data.k_core": (0, True), "data.max_history": (0, True), "data.split.valid_share": (0, False),
-    "data.split.test_share": (0, False), "data.split.seed": (0, True), "data.max_length": (1, True), "data.buckets": (1, True),
+    "data.split.test_share": (0, False), "data.split.seed": (0, True), "data.max_length": (1, True),
+    "data.buckets": (1, True),
     "data.synthetic.num_users": (1, True), "data.synthetic.num_items": (2, True), "data.synthetic.length": (5, True),
     "data.synthetic.order": (1, True), "data.synthetic.seed": (0, True), "data.synthetic.temperature": (0, False),
     "model.width": (1, True), "model.layers": (1, True), "model.heads": (1, True), "model.ffn_width": (1, True),
@@ -69,7 +70,7 @@ def default() -> ml_collections.ConfigDict:
   config.data = data = ml_collections.ConfigDict()
   data.name = ""  # a benchmark (its counts and fingerprint must match), "synthetic", or "" for your own data
   data.path = ""  # local file or folder; empty: download, TFDS or generate, as name and format say
-  data.format = "auto"  # auto (by name and content) | sequences | pairs | movielens | table | tfds | prepared | synthetic
+  data.format = "auto"  # auto (by name and content), or one of CHOICES
   data.columns = ml_collections.ConfigDict()  # of tables and TFDS data sets; "" = by the names of known layouts
   data.columns.user = ""
   data.columns.item = ""
@@ -274,7 +275,9 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
 
 
 def parse_moment(text: str, key: str) -> tuple[str, float]:
-  """Returns ("share", 0 .. 1), ("time", a number) or ("date", seconds since 1970 in UTC) for "90%", "12" or "2024-01-31".
+  """Returns ("share", 0 .. 1), ("time", a number) or ("date", seconds since 1970): of "90%", "12" or "2024-01-31".
+
+  A date is in UTC unless it says otherwise.
 
   Raises:
     ValueError: it is none of them.
@@ -289,8 +292,8 @@ def parse_moment(text: str, key: str) -> tuple[str, float]:
     with contextlib.suppress(ValueError):
       date = datetime.datetime.fromisoformat(text)
       return "date", (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
-  raise ValueError(f"{key}={text!r} is no share of the rows (90%), no number in the unit of the data's times and no date "
-                   "(2024-01-31, or 2024-01-31T12:00)")
+  raise ValueError(f"{key}={text!r} is no share of the rows (90%), no number in the unit of the data's times and no "
+                   "date (2024-01-31, or 2024-01-31T12:00)")
 
 
 def walk(config: Any, prefix: str = "") -> list[tuple[str, Any]]:

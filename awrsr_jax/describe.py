@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from awrsr_jax.command import parse_flags_or_defaults
 from awrsr_jax.config import default, finalize, walk
-from awrsr_jax.data import batches, records, statistics
+from awrsr_jax.data import batches, prepared, statistics
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import log as logs
 from awrsr_jax.data.corpus import Corpus
@@ -35,8 +35,8 @@ def describe(config: ml_collections.ConfigDict, path: str | None = None) -> dict
     path: instead of `config.data.path`.
 
   Returns:
-    "rules", see `records.rules_of`; "description", see `corpus.describe`, and "padding", see `plan_padding`, None where
-    training refuses the log; "statistics", see `statistics.measure`; "warnings".
+    "rules", see `prepared.rules_of`; "description", see `corpus.describe`, and "padding", see `plan_padding`, None
+    where training refuses the log; "statistics", see `statistics.measure`; "warnings".
 
   Raises:
     ValueError: the log cannot be read, or a rule leaves nothing of it. Of a prepared folder: it is damaged, or was made
@@ -46,14 +46,14 @@ def describe(config: ml_collections.ConfigDict, path: str | None = None) -> dict
   if path is not None:
     config.data.path = path
   folder = pathlib.Path(config.data.path)
-  if config.data.path and config.data.format in ("auto", "prepared") and records.is_prepared(config.data.path):
-    made = records.read_manifest(folder)
-    records.check_files(folder, made, whole=True)
+  if config.data.path and config.data.format in ("auto", "prepared") and prepared.is_prepared(config.data.path):
+    made = prepared.read_manifest(folder)
+    prepared.check_files(folder, made, whole=True)
     start, given = dict(walk(default().data)), dict(walk(config.data))
     config.data.update_from_flattened_dict(
         {key: value for key, value in made["rules"].items() if given[key] == start[key]})
     data = finalize(config).data
-    corpus = records.open_corpus(data)
+    corpus = prepared.open_corpus(data)
     found = made["statistics"] | {"beyond_max_length": statistics.count_beyond(corpus, data)}
     return _join(data, found, corpus, plan_padding(corpus, data), [])
   data = finalize(config).data
@@ -95,7 +95,7 @@ def plan_padding(corpus: Corpus, data: Any) -> list[dict[str, Any]]:
 def _join(data: Any, found: dict[str, Any], corpus: Corpus | None, padding: list[dict[str, Any]] | None,
           refused: list[str]) -> dict[str, Any]:
   """Returns what `describe` returns."""
-  return {"rules": records.rules_of(data), "description": corpora.describe(corpus) if corpus else None,
+  return {"rules": prepared.rules_of(data), "description": corpora.describe(corpus) if corpus else None,
           "statistics": found, "padding": padding, "warnings": refused + statistics.warn(found)}
 
 

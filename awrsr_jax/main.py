@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from awrsr_jax.command import keep_compiled, parse_flags
 from awrsr_jax.config import finalize
-from awrsr_jax.data import records
+from awrsr_jax.data import prepared
 from awrsr_jax.engine import memory, processes
 from awrsr_jax.engine.mesh import check_config, make_mesh
 from awrsr_jax.engine.train import train
@@ -86,7 +86,7 @@ def plan_memory() -> str:
   config = finalize(CONFIG.value)
   mesh = make_mesh(config.mesh)
   check_config(*mesh.devices.shape, config)
-  items = ITEMS.value or records.load(config.data).num_items
+  items = ITEMS.value or prepared.load(config.data).num_items
   return f"{items} items, {memory.describe(memory.plan(config, items, mesh), mesh.devices.shape)}"
 
 

@@ -12,7 +12,8 @@ from ml_collections import config_flags
 
 from awrsr_jax.command import parse_flags_or_defaults
 from awrsr_jax.config import finalize
-from awrsr_jax.data import records
+from awrsr_jax.data import prepared
+
 
 def main(argv: Sequence[str]) -> None:
   """Prepares, and prints what was made."""
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     if not OUT.value:
       raise ValueError("--out=FOLDER is missing; it is where the prepared corpus goes")
-    made = records.prepare(finalize(CONFIG.value).data, OUT.value, MEMORY.value * 2 ** 20)
+    made = prepared.prepare(finalize(CONFIG.value).data, OUT.value, MEMORY.value * 2 ** 20)
   except ValueError as error:
     sys.exit(f"ValueError: {error}")
   size = sum(file["bytes"] for file in made["files"].values())

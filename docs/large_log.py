@@ -44,7 +44,7 @@ def run_apart(*arguments: str) -> None:
 def prepare(log: str, out: str) -> None:
   """Prepares the log, and prints the most memory held meanwhile."""
   from awrsr_jax.config import default, finalize
-  from awrsr_jax.data import records
+  from awrsr_jax.data import prepared
   config = default()
   config.data.path = log
   peak = [0]
@@ -56,7 +56,7 @@ def prepare(log: str, out: str) -> None:
 
   threading.Thread(target=watch, daemon=True).start()
   begin = time.monotonic()
-  made = records.prepare(finalize(config).data, out, 2**30)
+  made = prepared.prepare(finalize(config).data, out, 2**30)
   print("{users:,} users, {items:,} items, {interactions:,} interactions".format(**made["description"]),
         f"prepared in {time.monotonic() - begin:.0f} s, at most {peak[0] / 2**20:,.0f} MiB of memory", flush=True)
 
@@ -74,19 +74,20 @@ def make_config(path: str, batch_size: int) -> object:
 
 def read(path: str) -> None:
   """Builds batches for 15 seconds each, and prints how many."""
-  from awrsr_jax.data import batches, records
+  from awrsr_jax.data import batches, prepared
   for batch_size in (128, 1024):
     config = make_config(path, batch_size)
     begin = time.monotonic()
-    stream = batches.stream(batches.training_batches(records.load(config.data), config), 0)
+    stream = batches.stream(batches.training_batches(prepared.load(config.data), config), 0)
     next(stream)
     opened = time.monotonic() - begin
     begin, count, first = time.monotonic(), 0, count_memory()[0]
     while time.monotonic() - begin < 15:
       next(stream)
       count += 1
-    print(f"batches of {batch_size}: {count * batch_size / (time.monotonic() - begin):,.0f} sequences/s; the first after "
-          f"{opened:.1f} s; memory {first / 2**20:,.0f} MiB before, {count_memory()[0] / 2**20:,.0f} MiB after", flush=True)
+    rate = count * batch_size / (time.monotonic() - begin)
+    print(f"batches of {batch_size}: {rate:,.0f} sequences/s; the first after {opened:.1f} s; memory "
+          f"{first / 2**20:,.0f} MiB before, {count_memory()[0] / 2**20:,.0f} MiB after", flush=True)
 
 
 def train(path: str) -> None:
@@ -108,8 +109,8 @@ def train(path: str) -> None:
     seen.add(call.feed["inputs"].shape)
     if step % 50 == 49:
       held.append(f"{count_memory()[0] / 2**20:,.0f}")
-  print(f"{STEPS} steps of 128 sequences ({len(seen)} lengths) in {time.monotonic() - begin:.0f} s; memory after every 50: "
-        f"{', '.join(held)} MiB", flush=True)
+  print(f"{STEPS} steps of 128 sequences ({len(seen)} lengths) in {time.monotonic() - begin:.0f} s; memory after every "
+        f"50: {', '.join(held)} MiB", flush=True)
 
 
 def main(folder: str, millions: str = "100") -> None:

@@ -14,7 +14,7 @@ from awrsr_jax import baselines
 from awrsr_jax.config import default, finalize
 from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as corpora
-from awrsr_jax.data import records, splits
+from awrsr_jax.data import prepared, splits
 from awrsr_jax.engine import ranking
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -285,7 +285,7 @@ def test_the_command_prints_both_splits_and_writes_all_metrics(sequences, tmp_pa
   config = make_config(data__path=sequences)
   baselines.run(config, 7, str(tmp_path / "found.json"))
   found = json.loads((tmp_path / "found.json").read_text())
-  expected = baselines.measure(records.load(config.data), config, 7)
+  expected = baselines.measure(prepared.load(config.data), config, 7)
   for each in (*found["baselines"].values(), *expected["baselines"].values()):
     assert each.pop("seconds") > 0
   assert found == json.loads(json.dumps(expected))

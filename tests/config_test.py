@@ -139,7 +139,8 @@ def test_a_value_below_its_bound_is_refused_and_the_bound_itself_is_as_stated(ke
 def test_zero_is_refused_where_something_is_counted_or_divided_by_it(key):
   zero = set_value(key, TYPES[key](0))
   if key in {"seed", "data.k_core", "data.max_history", "data.split.seed", "data.synthetic.seed", "model.dropout",
-             "model.attention.dropout", "loss.gbce_t", "loss.pvn_weight", "train.weight_decay", "train.warmup_steps", "train.beta1", "train.beta2"}:
+             "model.attention.dropout", "loss.gbce_t", "loss.pvn_weight", "train.weight_decay",
+             "train.warmup_steps", "train.beta1", "train.beta2"}:
     assert dict(configs.walk(configs.finalize(zero)))[key] == 0
   else:
     with pytest.raises(ValueError, match=re.escape(f"config.{key}=0")):

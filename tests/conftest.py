@@ -34,8 +34,14 @@ def small_config():
 def from_arrays(items: np.ndarray, offsets: np.ndarray, split: splits.Split, num_items: int | None = None) -> Corpus:
   """Returns a Corpus of item numbers, without raw ids of its own."""
   num_items = int(items.max()) if num_items is None else num_items
-  return Corpus(items, offsets, split, np.arange(len(offsets) - 1), np.arange(num_items + 1), {}, "made for a test", None,
-                count_trained(items, offsets, split, num_items))
+  return Corpus(items, offsets, split, np.arange(len(offsets) - 1), np.arange(num_items + 1), {}, "made for a test",
+                None, count_trained(items, offsets, split, num_items))
+
+
+def raw_rows(database) -> list[tuple]:
+  """Returns the (user, item, time) rows of a clean log in raw ids, in the order of their source."""
+  return database.execute("SELECT users.raw, items.raw, time FROM coded JOIN users ON user = users.code JOIN items ON "
+                          "item = items.code ORDER BY row").fetchall()
 
 
 @pytest.fixture

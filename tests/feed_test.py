@@ -23,11 +23,11 @@ import pathlib, sys, jax
 jax.config.update("jax_num_cpu_devices", 4)
 import tiny_config
 from resume_test import read_lines, read_result
-from awrsr_jax.data import records
+from awrsr_jax.data import prepared
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.train import train
 folder, found = pathlib.Path(sys.argv[1]), []
-records.prepare(tiny_config.get_config().data, folder / "prepared", 2 ** 28)
+prepared.prepare(tiny_config.get_config().data, folder / "prepared", 2 ** 28)
 for name, *feeds in (("host", ("host", None)), ("device", ("device", 1)), ("calls of 3", ("device", 3)),
                      ("changed within an epoch", ("device", 2), ("host", None)),
                      ("streamed from files, stopped within an epoch", ("auto", None), ("auto", None)),

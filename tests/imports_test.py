@@ -14,7 +14,7 @@ PACKAGE = "awrsr_jax"
 ORDER = (
     "config", "command",
     "data.log", "data.rules", "data.text", "data.tables", "data.from_tfds", "data.movielens", "data.readers",
-    "data.synthetic", "data.splits", "data.corpus", "data.statistics", "data.records", "data.batches",
+    "data.synthetic", "data.splits", "data.corpus", "data.statistics", "data.records", "data.prepared", "data.batches",
     "model.dropout", "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden",
     "model.sasrec", "model.stosa", "model.backbones", "model.losses",
     "engine.processes", "engine.mesh", "engine.feed", "engine.state", "engine.objective", "engine.step",

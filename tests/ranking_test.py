@@ -270,7 +270,8 @@ def test_metrics_of_many_users_keep_their_digits():
 
 
 def test_the_protocol_in_words_has_the_tie_rule_and_labels_samples():
-  words = {protocol: ranking.describe_protocol(protocol, "leave-one-out") for protocol in ("full", "uniform100", "popular100")}
+  words = {protocol: ranking.describe_protocol(protocol, "some split") for protocol in ranking.PROTOCOLS}
+  assert all(text.startswith("some split, ") for text in words.values())
   assert all(ranking.TIE_RULE in text for text in words.values())
   assert {protocol for protocol, text in words.items() if "SAMPLED" in text} == {"uniform100", "popular100"}
 

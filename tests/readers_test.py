@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import requests
+from conftest import raw_rows
 
 from awrsr_jax.config import default
 from awrsr_jax.data import from_tfds, log, movielens, readers, text
@@ -45,10 +46,8 @@ def read(path, form="auto", on_bad_row="error"):
 
 def columns(found):
   """Returns users, items and times in raw ids, as lists; the times None where all are 0."""
-  rows = found.database.execute("SELECT users.raw, items.raw, time FROM coded JOIN users ON user = users.code JOIN items "
-                                "ON item = items.code ORDER BY row").fetchall()
   number = lambda raw: int(raw) if str(raw).isdigit() else raw  # noqa: E731
-  users, items, times = map(list, zip(*rows, strict=True))
+  users, items, times = map(list, zip(*raw_rows(found.database), strict=True))
   return list(map(number, users)), list(map(number, items)), times if any(times) else None
 
 
@@ -141,7 +140,8 @@ def test_titles_beside_the_ratings(tmp_path, ratings, titles, content, encoding,
 
 
 @pytest.mark.parametrize("row, reason", [
-    ("7::20::4", "Expected Number of Columns: 4 Found: 3"), ("7::20::4::1::2", "Expected Number of Columns: 4 Found: 5"),
+    ("7::20::4", "Expected Number of Columns: 4 Found: 3"),
+    ("7::20::4::1::2", "Expected Number of Columns: 4 Found: 5"),
     ("7::20::4::late", "time='late'"), ("7::::4::100", "item=none"), ("7::20::4::", "time=none")])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_bad_movielens_row_is_refused_with_its_place_or_left_out(tmp_path, row, reason, packed, caplog):

@@ -16,7 +16,7 @@ from awrsr_jax import describe
 from awrsr_jax.config import default
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import log as logs
-from awrsr_jax.data import records, rules, statistics
+from awrsr_jax.data import prepared, rules, statistics
 from awrsr_jax.data.log import Interactions
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -314,18 +314,18 @@ def test_the_config_given_stays_as_it_is(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def folder_of_log(tmp_path_factory):
   """Returns a prepared folder (k_core=4), and what `describe` says of its source."""
   base = tmp_path_factory.mktemp("prepared")
   found = describe_text(base, make_csv(), k_core=4, max_length=6)
   data = default().data
   data.path, data.k_core, data.max_length = str(base / "log.csv"), 4, 50
-  records.prepare(data, base / "made", 1 << 28)
+  prepared.prepare(data, base / "made", 1 << 28)
   return base / "made", found
 
 
-def test_a_prepared_folder_is_described_as_its_source(prepared):
-  folder, expected = prepared
+def test_a_prepared_folder_is_described_as_its_source(folder_of_log):
+  folder, expected = folder_of_log
   config = default()
   config.data.max_length = 6  # not the one it was prepared with: what is left out follows the config
   found = describe.describe(config, str(folder))
@@ -337,8 +337,8 @@ def test_a_prepared_folder_is_described_as_its_source(prepared):
     describe.describe(config, str(folder))
 
 
-def test_a_damaged_folder_is_named(prepared):
-  folder, _ = prepared
+def test_a_damaged_folder_is_named(folder_of_log):
+  folder, _ = folder_of_log
   shard = next(folder.glob("*.array_record-*"))
   whole = shard.read_bytes()
   try:

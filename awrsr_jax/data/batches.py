@@ -248,7 +248,7 @@ class RankingBatches:
     return np.cumsum(self.corpus.counts[1:])
 
   def _candidates(self, targets: np.ndarray) -> np.ndarray:
-    """Returns (B, C): for each target, distinct items outside history and target, a function of (seed, split, place)."""
+    """Returns (B, C): for each target, distinct items outside history and target, by (seed, split, place)."""
     result = np.empty((len(targets), NUM_CANDIDATES), np.int32)
     for row, (user, target) in enumerate(zip(users_of(self.corpus.offsets, targets), targets, strict=True)):
       start = self.corpus.offsets[user]

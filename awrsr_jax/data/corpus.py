@@ -15,6 +15,7 @@ from awrsr_jax.data import log as logs
 from awrsr_jax.data import readers, rules, splits, synthetic
 
 LOG = logging.getLogger(__name__)
+Store = Callable[[Iterator[np.ndarray], np.ndarray, np.ndarray], Any]  # (chunks of items, offsets, user_ids) -> items
 CHUNK = 1 << 21  # interactions looked at together where a corpus may be larger than memory
 
 # name: users, items, interactions, fingerprint
@@ -125,9 +126,8 @@ def is_synthetic(data: ml_collections.ConfigDict) -> bool:
   return not data.path and (data.format == "synthetic" or (data.name == "synthetic" and data.format == "auto"))
 
 
-def number(database: duckdb.DuckDBPyConnection, log: logs.Log, read: dict[str, int],
-           data: ml_collections.ConfigDict, store: Callable[[Iterator[np.ndarray], np.ndarray, np.ndarray], Any] | None = None,
-           ) -> Corpus:
+def number(database: duckdb.DuckDBPyConnection, log: logs.Log, read: dict[str, int], data: ml_collections.ConfigDict,
+           store: Store | None = None) -> Corpus:
   """Orders what the rules left by user and time, and numbers users and items in the order of their raw ids.
 
   Args:
@@ -135,7 +135,7 @@ def number(database: duckdb.DuckDBPyConnection, log: logs.Log, read: dict[str, i
     log: its source and titles.
     read: see `log.clean`.
     data: `config.data`; of it `name` and `split`.
-    store: (chunks of items, offsets, user_ids) -> items, where they are not to be kept in memory.
+    store: takes the items where they are not to be kept in memory.
 
   Returns:
     The corpus.
@@ -191,8 +191,8 @@ def _make_split(database: duckdb.DuckDBPyConnection, log: logs.Log, offsets: np.
   valid_from = _find_moment(database, wanted.valid_from, "valid_from")
   test_from = _find_moment(database, wanted.test_from, "test_from")
   if valid_from >= test_from:
-    raise ValueError(f"config.data.split.valid_from={wanted.valid_from} ({logs.describe_time(valid_from)}) is not before "
-                     f"test_from={wanted.test_from} ({logs.describe_time(test_from)})")
+    raise ValueError(f"config.data.split.valid_from={wanted.valid_from} ({logs.describe_time(valid_from)}) is not "
+                     f"before test_from={wanted.test_from} ({logs.describe_time(test_from)})")
   words = (f"split by time (validation from {logs.describe_time(valid_from)}, test from "
            f"{logs.describe_time(test_from)})")
   return splits.by_time(offsets, rules.count_before(database, valid_from), rules.count_before(database, test_from),
@@ -222,8 +222,8 @@ def _find_oracle(item_ids: np.ndarray, is_whole: bool,
   if not is_synthetic(data):
     return None
   if not is_whole:
-    LOG.warning("rules of config.data took items out of synthetic histories: their law no longer gives the best possible "
-                "figures")
+    LOG.warning("rules of config.data took items out of synthetic histories: their law no longer gives the best "
+                "possible figures")
     return None
   score = synthetic.oracle_scores(data.synthetic)
   return lambda histories_BxL: score(item_ids[histories_BxL])[:, item_ids]

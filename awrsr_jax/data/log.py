@@ -150,7 +150,8 @@ def clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int]
     _check_times(log)
   if "title" in types:
     rows_of_titles = database.execute(
-        f"SELECT ({values['item']})::VARCHAR, min(title::VARCHAR) FROM raw WHERE {kept} AND title IS NOT NULL GROUP BY 1")
+        f"SELECT ({values['item']})::VARCHAR, min(title::VARCHAR) FROM raw WHERE {kept} AND title IS NOT NULL "
+        "GROUP BY 1")
     log.titles.update(rows_of_titles.fetchall())
   database.execute("DROP TABLE raw")
   if bad:
@@ -211,8 +212,8 @@ def _number_ids(log: Log, name: str, value: str, kept: str) -> None:
     alike = database.execute(f"SELECT min(raw), max(raw) FROM ids GROUP BY nfc_normalize(trim(raw, {SPACES})) "
                              "HAVING count(*) > 1 LIMIT 1").fetchone()
     if alike:
-      raise ValueError(f"{log.source}: two {name} ids, {alike[0]!r} and {alike[1]!r}, differ only in spaces around them "
-                       "or in their Unicode form; write each id in one way")
+      raise ValueError(f"{log.source}: two {name} ids, {alike[0]!r} and {alike[1]!r}, differ only in spaces around "
+                       "them or in their Unicode form; write each id in one way")
     if database.execute("SELECT bool_and(coalesce(TRY_CAST(raw AS BIGINT)::VARCHAR = raw, false)) FROM ids"
                         ).fetchone()[0]:
       order = "raw::BIGINT"
@@ -225,15 +226,15 @@ def _check_times(log: Log) -> None:
   """Raises ValueError for times in several units, and for times in the future."""
   bounds = list(UNITS.values())
   group = " + ".join(f"(time >= {bound:.0f})::INTEGER" for bound in bounds)
-  groups = log.database.execute(f"SELECT {group} AS unit, count(*), min(time), max(time), arg_min(row, time) FROM coded "
-                                "GROUP BY unit ORDER BY unit").fetchall()
+  groups = log.database.execute(f"SELECT {group} AS unit, count(*), min(time), max(time), arg_min(row, time) "
+                                "FROM coded GROUP BY unit ORDER BY unit").fetchall()
   total = sum(count for _, count, *_ in groups)
   for before, after in zip(groups[:-1], groups[1:], strict=True):
     if after[2] > FAR * max(abs(before[2]), abs(before[3])):
       rare = min(before, after, key=lambda found: found[1])
-      raise ValueError(f"{log.locate(rare[4])}: {rare[1]} of {total} times lie between {rare[2]} and {rare[3]}, far from "
-                       f"the others ({before[2]} to {before[3]}, then {after[2]} to {after[3]}): mixed time units, or "
-                       "a stand-in for a missing time; bring all to one unit, or take those rows out")
+      raise ValueError(f"{log.locate(rare[4])}: {rare[1]} of {total} times lie between {rare[2]} and {rare[3]}, far "
+                       f"from the others ({before[2]} to {before[3]}, then {after[2]} to {after[3]}): mixed time "
+                       "units, or a stand-in for a missing time; bring all to one unit, or take those rows out")
   unit, _, _, newest, _ = groups[-1]
   if unit:
     scale = 1e3 ** (unit - 1)

@@ -136,8 +136,8 @@ def _unpacked(path: str) -> Iterator[tuple[str, Callable[[str], str]]]:
           with archive.open(name) as source, open(unpacked, "wb") as target:
             shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
-      raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or damaged: {error}; download it again, or "
-                       "set --config.data.path to another file") from error
+      raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or damaged: {error}; download it again, "
+                       "or set --config.data.path to another file") from error
     ratings = os.path.join(folder, kind)
     yield ratings, lambda message: message.replace(ratings, f"{path}/{member}")
 

@@ -1,48 +1,20 @@
-"""Owns prepared corpora: folders that hold a corpus larger than memory, and that training reads at random.
+"""Owns the histories of a prepared corpus: array_record files that are written once and read at random.
 
-`prepare` makes a folder, which is also a data set that TFDS opens (`tfds.builder_from_directory(folder)`):
-
-  awrsr_corpus-train.array_record-*    a `tf.train.Example` for each user, in the order of raw ids: `id` (raw, as text) and
-                                       `items` (item numbers as int32, oldest first), which are its last bytes
-  dataset_info.json, features.json     what TFDS needs
-  users.parquet, items.parquet         raw ids (titles, and how often each item is trained on) by number
-  split.npz                            lengths of histories, ends of training parts, positions of ranked items
-  prepared.json                        the rules it was made by, its description and statistics, and all files with their
-                                       sizes and SHA-256; written last
-
-It is made under the name FOLDER.partial and renamed when whole, so that a half-written corpus is never opened.
+A record is a `tf.train.Example` of one user: `id` (raw, as text) and `items` (int32, oldest first), which are its last
+bytes, so that reading needs no parser.
 """
 
-import contextlib
-import errno
-import fcntl
-import hashlib
-import json
-import logging
-import os
 import pathlib
-import shutil
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-import duckdb
-import ml_collections
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
-from awrsr_jax.config import walk
-from awrsr_jax.data import corpus as corpora
-from awrsr_jax.data import log as logs
-from awrsr_jax.data import splits, statistics
-from awrsr_jax.data.corpus import Corpus
+from awrsr_jax.data.splits import users_of
 
-LOG = logging.getLogger(__name__)
-SCHEMA = 1
 SHARD_BYTES = 1 << 30
 NAME = "awrsr_corpus"
-RULES = ("min_rating", "duplicates", "k_core", "max_history", "split.")  # of config.data: what makes a corpus another one
 
 
 class Records:
@@ -77,7 +49,7 @@ class Records:
       place = np.asarray(place)
       return self.gather(place, place + 1, 1)[:, 0]
     start, stop, _ = place.indices(len(self))
-    first, last = splits.users_of(self._offsets, np.array([start, max(stop - 1, start)]))
+    first, last = users_of(self._offsets, np.array([start, max(stop - 1, start)]))
     histories = list(self._read_range(int(first), int(last) + 1))
     return np.concatenate(histories)[start - self._offsets[first]:stop - self._offsets[first]]
 
@@ -87,7 +59,7 @@ class Records:
   def gather(self, starts: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
     """Returns (B, length) int32, as `batches.gather_rows`; each row lies within one user."""
     rows_BxL = np.zeros((len(starts), length), np.int32)
-    user_B = splits.users_of(self._offsets, starts)
+    user_B = users_of(self._offsets, starts)
     shard_B = np.searchsorted(self._first_user, user_B, side="right") - 1
     real_B = ends > starts
     for shard in np.unique(shard_B[real_B]):
@@ -135,205 +107,19 @@ class Records:
     return readers[shard]
 
 
-def load(data: ml_collections.ConfigDict, table: Any = None) -> Corpus:
-  """Opens the prepared folder that `config.data.path` names, or makes the corpus in memory: see `corpus.load`."""
-  if table is None and data.path and data.format in ("auto", "prepared") and is_prepared(data.path):
-    return open_corpus(data)
-  return corpora.load(data, table)
-
-
-def is_prepared(path: str) -> bool:
-  """Whether `prepare` made this folder."""
-  return os.path.isfile(os.path.join(path, "prepared.json"))
-
-
-def open_corpus(data: ml_collections.ConfigDict) -> Corpus:
-  """Opens a prepared folder; histories stay in its files.
+def write_records(folder: pathlib.Path, chunks: Iterator[np.ndarray], offsets: np.ndarray,
+                   user_ids: np.ndarray) -> dict[str, int]:
+  """Writes all histories.
 
   Args:
-    data: `config.data`; its rules must be those that the folder was made by.
-
-  Raises:
-    ValueError: the rules differ, or a file is missing or damaged (histories are checked when they are read).
-  """
-  folder = pathlib.Path(data.path)
-  made = read_manifest(folder)
-  now = rules_of(data)
-  changed = [f"config.data.{key}: {made['rules'].get(key)} there, {now.get(key)} now"
-             for key in sorted(made["rules"].keys() | now.keys()) if made["rules"].get(key) != now.get(key)]
-  if changed:
-    raise ValueError(f"{folder} was prepared by other rules: {'; '.join(changed)}. Use the same, or prepare another folder")
-  check_files(folder, made, whole=False)
-  with np.load(folder / "split.npz", allow_pickle=False) as arrays:
-    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"])]).astype(np.int64)
-    split = splits.Split(now["split.name"], made["description"]["split"]["words"], arrays["train_ends"],
-                         {name: arrays[name] for name in splits.HELD_OUT})
-  users = _read_ids(folder / "users.parquet")
-  items = pyarrow.parquet.read_table(folder / "items.parquet")
-  ids = _to_ids(items.column("item"))
-  titles = {at: title for at, title in enumerate(items.column("title").to_pylist(), start=1) if title is not None}
-  corpus = Corpus(
-      Records(folder, made["shards"], np.array(made["users_of_shards"]), offsets), offsets, split, users,
-      np.concatenate([np.zeros(1, ids.dtype), ids]), titles, data.name or made["description"]["name"], None,
-      np.concatenate([[0], items.column("trained").to_numpy()]), made["description"])
-  return corpora.check(corpus, data)
-
-
-def prepare(data: ml_collections.ConfigDict, out: str | os.PathLike[str], memory: int) -> dict[str, Any]:
-  """Makes a prepared folder of what `config.data` names, in bounded memory; one that was cut off starts over.
-
-  Args:
-    data: `config.data`.
-    out: the folder to make.
-    memory: bytes that the database may take; the rest takes some hundred MiB, and about 100 bytes a user and an item.
+    folder: where to.
+    chunks: the items of a corpus, in pieces.
+    offsets: (U + 1,) of it.
+    user_ids: (U,).
 
   Returns:
-    The content of prepared.json.
-
-  Raises:
-    ValueError: as `corpus.load`; or the folder exists, is being prepared, or there is no space.
+    Name -> users of the files.
   """
-  out = pathlib.Path(os.path.abspath(out))
-  if out.exists():
-    raise ValueError(f"--out={out} exists; remove it, or choose another folder")
-  partial = out.with_name(out.name + ".partial")
-  with _owned(partial):
-    try:
-      made = _prepare(data, partial, memory)
-    except (OSError, duckdb.IOException, duckdb.OutOfMemoryException, RuntimeError) as error:
-      reason = str(error).split("\n", 1)[0]
-      if getattr(error, "errno", None) not in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        raise
-      raise ValueError(f"--out={out} cannot be prepared: {reason}. It needs about the size of the log as space beside it; "
-                       "--memory_mib is what the database may take of memory") from error
-    os.rename(partial, out)
-  (out / ".lock").unlink()
-  return made
-
-
-def _prepare(data: ml_collections.ConfigDict, folder: pathlib.Path, memory: int) -> dict[str, Any]:
-  """Fills the folder; see `prepare`."""
-  work = folder / "work"
-  work.mkdir()
-  shards: dict[str, int] = {}
-
-  def store(chunks: Iterator[np.ndarray], offsets: np.ndarray, user_ids: np.ndarray) -> Records:
-    """Writes the histories as they come."""
-    LOG.info("ordering and writing %d histories", len(user_ids))
-    shards.update(_write_records(folder, chunks, offsets, user_ids))
-    return Records(folder, list(shards), np.cumsum([0, *shards.values()]), offsets)
-
-  with logs.open_database(work, memory) as database:
-    log, read = corpora.read_log(database, data)
-    LOG.info("%d rows read", read["rows"])
-    corpus = corpora.number(database, log, read, data, store)
-    corpus = corpora.check(corpus, data)
-    found = statistics.measure(database, corpus, data, read)
-  shutil.rmtree(work)
-  _write_ids(folder, corpus)
-  with (folder / "split.npz").open("wb") as file:
-    np.savez(file, lengths=corpus.lengths, train_ends=corpus.split.train_ends, **corpus.split.targets)
-  _write_tfds(folder, corpus, list(shards.values()))
-  files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())
-           if path.name != ".lock"}
-  made = {"schema": SCHEMA, "rules": rules_of(data), "description": corpora.describe(corpus), "statistics": found,
-          "shards": list(shards), "users_of_shards": [0, *np.cumsum(list(shards.values())).tolist()], "files": files}
-  for path in folder.iterdir():
-    with path.open("rb") as file:
-      os.fsync(file.fileno())
-  temporary = folder / "prepared.json.tmp"
-  with temporary.open("w") as file:
-    json.dump(made, file, indent=2)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, folder / "prepared.json")
-  return made
-
-
-def rules_of(data: Any) -> dict[str, Any]:
-  """Returns the keys of `config.data` that make a corpus another one, with their values; of the split, what is read."""
-  read = {"leave_one_out": (), "time": ("valid_from", "test_from", "target"),
-          "users": ("valid_share", "test_share", "seed")}[data.split.name]
-  return {key: value for key, value in walk(data) if key.startswith(RULES)
-          and (not key.startswith("split.") or key.removeprefix("split.") in ("name", *read))}
-
-
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the content of prepared.json.
-
-  Raises:
-    ValueError: it is missing, damaged or of another version of this package.
-  """
-  path = folder / "prepared.json"
-  try:
-    made = json.loads(path.read_text())
-    if made["schema"] != SCHEMA:
-      raise ValueError(f"its schema is {made['schema']}, and {SCHEMA} is read here")
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} cannot be read ({error}); prepare the corpus again") from error
-  return made
-
-
-def check_files(folder: pathlib.Path, made: dict[str, Any], whole: bool) -> None:
-  """Compares the files of a prepared folder with what prepared.json says of them.
-
-  Args:
-    folder: the folder.
-    made: its prepared.json.
-    whole: also the content of shards, which takes as long as reading them.
-
-  Raises:
-    ValueError: a file is missing, or has another size or content.
-  """
-  for name, expected in made["files"].items():
-    path = folder / name
-    if not path.is_file():
-      raise ValueError(f"{path} is missing; bring it back, or prepare the corpus again")
-    if path.stat().st_size != expected["bytes"]:
-      raise ValueError(f"{path} has {path.stat().st_size} bytes, and had {expected['bytes']} when it was prepared; bring it "
-                       "back, or prepare the corpus again")
-    if (whole or name not in made["shards"]) and hash_file(path) != expected["sha256"]:
-      raise ValueError(f"{path} is not what it was when it was prepared (its SHA-256 differs); bring it back, or prepare "
-                       "the corpus again")
-
-
-def hash_file(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a file, hexadecimal."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _owned(partial: pathlib.Path) -> Iterator[None]:
-  """Makes an empty folder for this process alone; it goes again, unless it was renamed.
-
-  Raises:
-    ValueError: another process is at it, or it cannot be made.
-  """
-  try:
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = (partial / ".lock").open("w")
-  except OSError as error:
-    raise ValueError(f"{partial} cannot be written: {error.strerror}; choose another --out") from error
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise ValueError(f"{partial} is being prepared by another process; wait for it or choose another --out") from error
-    left = [path for path in partial.iterdir() if path.name != ".lock"]
-    if left:
-      LOG.warning("%s is left of a preparation that was cut off; starting over", partial)
-    for path in left:
-      shutil.rmtree(path) if path.is_dir() else path.unlink()
-    try:
-      yield
-    finally:
-      shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_records(folder: pathlib.Path, chunks: Iterator[np.ndarray], offsets: np.ndarray,
-                   user_ids: np.ndarray) -> dict[str, int]:
-  """Writes all histories; returns name -> users of the files."""
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2
   users, count = len(offsets) - 1, max(1, -(-int(offsets[-1]) * 4 // SHARD_BYTES))
@@ -341,7 +127,7 @@ def _write_records(folder: pathlib.Path, chunks: Iterator[np.ndarray], offsets: 
   names = [f"{NAME}-train.array_record-{shard:05d}-of-{count:05d}" for shard in range(count)]
   histories = _cut(chunks, offsets)
   for name, first, last in zip(names, bounds[:-1], bounds[1:], strict=True):
-    # groups of one record: any user is read alone; not compressed: item numbers hardly shrink, and reading is twice as fast
+    # groups of one record: any user is read alone; not compressed: numbers hardly shrink, and reading is twice as fast
     writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
     for user, items in zip(user_ids[first:last].tolist(), histories, strict=False):
       example = tf_example_pb2.Example()
@@ -356,42 +142,8 @@ def _cut(chunks: Iterator[np.ndarray], offsets: np.ndarray) -> Iterator[np.ndarr
   """Yields the items of each user."""
   left, user = np.empty(0, np.int32), 0
   for chunk in chunks:
-    left, start = np.concatenate([left, chunk]), offsets[user]
-    last = int(np.searchsorted(offsets, start + len(left), side="right")) - 1
-    for user in range(user, last):
-      yield left[offsets[user] - start:offsets[user + 1] - start]
-    user, left = last, left[offsets[last] - start:]
-
-
-def _write_ids(folder: pathlib.Path, corpus: Corpus) -> None:
-  """Writes users.parquet and items.parquet."""
-  pyarrow.parquet.write_table(pyarrow.table({"user": corpus.user_ids.tolist()}), folder / "users.parquet")
-  titles = pyarrow.array([corpus.titles.get(number) for number in range(1, corpus.num_items + 1)], pyarrow.string())
-  pyarrow.parquet.write_table(pyarrow.table({"item": corpus.item_ids[1:].tolist(), "title": titles,
-                                             "trained": corpus.counts[1:]}), folder / "items.parquet")
-
-
-def _read_ids(path: pathlib.Path) -> np.ndarray:
-  return _to_ids(pyarrow.parquet.read_table(path).column(0))
-
-
-def _to_ids(column: Any) -> np.ndarray:
-  """Returns int64 ids, or text of any length."""
-  if pyarrow.types.is_integer(column.type):
-    return column.to_numpy()
-  return np.array(column.to_pylist(), np.dtypes.StringDType())
-
-
-def _write_tfds(folder: pathlib.Path, corpus: Corpus, users_of_shards: list[int]) -> None:
-  """Writes what TFDS needs to open the folder."""
-  import tensorflow_datasets as tfds
-  template = tfds.core.ShardedFileTemplate(data_dir=tfds.core.Path(folder), dataset_name=NAME, split="train",
-                                           filetype_suffix="array_record")
-  features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "items": tfds.features.Tensor(
-      shape=(None,), dtype=np.int32, encoding=tfds.features.Encoding.BYTES)})
-  info = tfds.core.SplitInfo(name="train", shard_lengths=users_of_shards, num_bytes=4 * corpus.num_interactions,
-                             filename_template=template)
-  tfds.folder_dataset.write_metadata(
-      data_dir=folder, features=features, split_infos=[info], filename_template=template, version="1.0.0",
-      check_data=False,  # it would need TensorFlow
-      description="Histories of users, oldest item first. Item numbers count from 1; items.parquet has their raw ids.")
+    left = np.concatenate([left, chunk])
+    last = int(np.searchsorted(offsets, offsets[user] + len(left), side="right")) - 1
+    *whole, left = np.split(left, offsets[user + 1:last + 1] - offsets[user])
+    yield from whole
+    user = last

@@ -34,7 +34,7 @@ class Split:
 
 
 def leave_one_out(offsets: np.ndarray) -> Split:
-  """Of each user's items the last is the test item, the one before it the validation item, the rest are for training."""
+  """Of each user's items the last is for test, the one before it for validation, the rest are for training."""
   ends = offsets[1:]
   return Split("leave_one_out", "leave-one-out", ends - 2, {"valid": ends - 2, "test": ends - 1})
 
@@ -83,7 +83,8 @@ def by_users(offsets: np.ndarray, user_ids: np.ndarray, valid_share: float, test
 
 def hash_user(user: int | str, seed: int) -> float:
   """Returns a number in [0, 1) for a raw user id: the first 8 bytes of the BLAKE2b hash of "seed:id"."""
-  return int.from_bytes(hashlib.blake2b(f"{seed}:{user}".encode(errors="surrogatepass"), digest_size=8).digest()) / 2**64
+  text = f"{seed}:{user}".encode(errors="surrogatepass")
+  return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) / 2**64
 
 
 def users_of(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -101,10 +102,10 @@ def check(split: Split, offsets: np.ndarray, user_ids: np.ndarray, name: str) ->
   fewest = {"leave_one_out": FEWEST, "users": 2}.get(split.name, 1)
   short = np.flatnonzero(lengths < fewest)
   if short.size:
-    needs = "training, validation and test need one each" if fewest == 3 else "a history and an item to rank need one each"
+    needs = "training, validation and test" if fewest == FEWEST else "a history and an item to rank"
     raise ValueError(f"{name}: {short.size} of {lengths.size} users have fewer than {fewest} interactions "
-                     f"(user {user_ids[short[0]]} has {lengths[short[0]]}), but {needs}; set --config.data.k_core="
-                     f"{fewest} to drop them")
+                     f"(user {user_ids[short[0]]} has {lengths[short[0]]}), but {needs} need one each; set "
+                     f"--config.data.k_core={fewest} to drop them")
   for part in HELD_OUT:
     if not split.targets[part].size:
       raise ValueError(f"{name}: the split ({split.words}) leaves nothing to rank for {part}; change config.data.split")

@@ -188,7 +188,7 @@ def render(found: dict[str, Any], plan: dict[str, Any]) -> str:
 
   Args:
     found: what `measure` returned.
-    plan: what training makes of the log: "rules", as `records.rules_of`; "description", as `corpus.describe`; and
+    plan: what training makes of the log: "rules", as `prepared.rules_of`; "description", as `corpus.describe`; and
       "padding", a list of {"buckets": how many, "lengths": of them, "share": of padding}. The last two may be None.
   """
   read, lengths, popularity, times = (found[key] for key in ("read", "lengths", "popularity", "times"))

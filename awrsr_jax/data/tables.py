@@ -1,5 +1,5 @@
-"""Owns tables: files of rows and named columns (CSV, TSV, JSON lines, parquet, each also as .gz but parquet), and tables
-from Python (pandas, polars, pyarrow), -> `Log`.
+"""Owns tables -> `Log`: files of rows with named columns (CSV, TSV and JSON lines, also as .gz, and parquet), and
+tables from Python (pandas, polars, pyarrow).
 
 Which columns are user, item, time, rating and title stands in `config.data.columns`; where it does not, the names of a
 known layout are looked for. Rows keep the order of their file, and files the order of their names.
@@ -269,8 +269,8 @@ def _check_same(heads: dict[str, Any]) -> None:
   first, *others = heads
   for other in others:
     if heads[other] != heads[first]:
-      raise ValueError(f"{first} and {other} do not have the same columns: {heads[first]} and {heads[other]}; read them "
-                       "apart, or bring them to one form")
+      raise ValueError(f"{first} and {other} do not have the same columns: {heads[first]} and {heads[other]}; read "
+                       "them apart, or bring them to one form")
 
 
 def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_bad_row: str) -> None:

@@ -44,8 +44,8 @@ def is_resident(config: Any, batches: data_batches.TrainBatches) -> bool:
   """
   numbers = len(batches.items) + 2 * len(batches.starts)
   if config.data.feed == "device" and len(batches.items) > np.iinfo(np.int32).max:
-    raise ValueError(f"config.data.feed=device: {len(batches.items)} interactions are more than int32 can index; use auto "
-                     "or host")
+    raise ValueError(f"config.data.feed=device: {len(batches.items)} interactions are more than int32 can index; use "
+                     "auto or host")
   fits = isinstance(batches.items, np.ndarray) and 4 * numbers <= RESIDENT_BYTES
   return {"device": True, "host": False, "auto": fits}[config.data.feed]
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from awrsr_jax.config import finalize, walk
 from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as data_corpus
-from awrsr_jax.data import records
+from awrsr_jax.data import prepared
 from awrsr_jax.engine import checkpoint, compiling, memory, processes, ranking, run_folder
 from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
@@ -84,7 +84,7 @@ def make_job(config: Any, table: Any = None) -> Job:
     config = finalize(config)
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_config(*mesh.devices.shape, config)
-    corpus = records.load(config.data, table)
+    corpus = prepared.load(config.data, table)
     parts = meshes.local_parts(mesh)
     batches = data_batches.training_batches(corpus, config, parts)
     ranked = {split: data_batches.ranking_batches(corpus, config, split, parts) for split in ("valid", "test")}

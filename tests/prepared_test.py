@@ -1,4 +1,4 @@
-"""Prepared corpora: the same corpus as in memory, read at random from files; interruptions, damage, full disks, TFDS."""
+"""Prepared corpora: the same corpus as in memory, read at random from files; faults, and TFDS."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import pytest
 from awrsr_jax.config import default, finalize
 from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as corpora
-from awrsr_jax.data import records
+from awrsr_jax.data import prepared, records
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -49,13 +49,13 @@ def small_shards(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def folder_of_log(tmp_path_factory):
   """A prepared folder, and its log."""
   folder = tmp_path_factory.mktemp("prepared")
   path = write_log(folder / "log.csv")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(records, "SHARD_BYTES", 4000)
-    records.prepare(make_config(path).data, folder / "out", 2**28)
+    prepared.prepare(make_config(path).data, folder / "out", 2**28)
   return path, folder / "out"
 
 
@@ -74,11 +74,11 @@ def assert_same(got, expected):
 def test_a_prepared_corpus_is_the_one_in_memory(tmp_path, small_shards, values):
   path = write_log(tmp_path / "log.csv")
   config = make_config(path, **values)
-  whole = records.load(config.data)
-  made = records.prepare(config.data, tmp_path / "out", 2**28)
+  whole = prepared.load(config.data)
+  made = prepared.prepare(config.data, tmp_path / "out", 2**28)
   assert len(made["shards"]) > 2
   config = make_config(tmp_path / "out", **values)
-  streamed = records.load(config.data)
+  streamed = prepared.load(config.data)
   assert streamed.description == whole.description and streamed.titles == whole.titles
   for name in ("offsets", "user_ids", "item_ids", "counts"):
     np.testing.assert_array_equal(getattr(streamed, name), getattr(whole, name))
@@ -94,9 +94,9 @@ def test_a_prepared_corpus_is_the_one_in_memory(tmp_path, small_shards, values):
       assert_same(got, expected)
 
 
-def test_reading_like_an_array(prepared):
-  whole = records.load(make_config(prepared[0]).data)
-  corpus = records.load(make_config(prepared[1]).data)
+def test_reading_like_an_array(folder_of_log):
+  whole = prepared.load(make_config(folder_of_log[0]).data)
+  corpus = prepared.load(make_config(folder_of_log[1]).data)
   rng = np.random.default_rng(0)
   assert isinstance(corpus.items, records.Records) and len(corpus.items) == len(whole.items)
   for _ in range(50):
@@ -108,12 +108,13 @@ def test_reading_like_an_array(prepared):
     np.testing.assert_array_equal(corpus.history(user), whole.history(user))
 
 
-def test_one_two_and_four_processes_see_the_same_global_batches_from_any_step(prepared):
-  config = make_config(prepared[1])
-  corpus = records.load(config.data)
+def test_one_two_and_four_processes_see_the_same_global_batches_from_any_step(folder_of_log):
+  config = make_config(folder_of_log[1])
+  corpus = prepared.load(config.data)
   expected = data_batches.training_batches(corpus, config)
   for count in (2, 4):
-    parts = [data_batches.training_batches(records.load(config.data), config, ((part,), count)) for part in range(count)]
+    parts = [data_batches.training_batches(prepared.load(config.data), config, ((part,), count))
+             for part in range(count)]
     start = len(expected) // 2 + 1  # in the middle of an epoch
     streams = [data_batches.stream(part, start) for part in parts]
     for step in range(start, len(expected)):
@@ -121,9 +122,9 @@ def test_one_two_and_four_processes_see_the_same_global_batches_from_any_step(pr
       assert_same({name: np.concatenate([batch[name] for batch in found]) for name in found[0]}, expected[step])
 
 
-def test_several_threads_read_at_once(prepared):
-  config = make_config(prepared[1])
-  batches = data_batches.training_batches(records.load(config.data), config)
+def test_several_threads_read_at_once(folder_of_log):
+  config = make_config(folder_of_log[1])
+  batches = data_batches.training_batches(prepared.load(config.data), config)
   expected, wrong = [batches[step] for step in range(len(batches))], []
 
   def read(seed):
@@ -139,10 +140,10 @@ def test_several_threads_read_at_once(prepared):
   assert not wrong
 
 
-def test_tfds_opens_the_folder(prepared):
+def test_tfds_opens_the_folder(folder_of_log):
   import tensorflow_datasets as tfds
-  whole = records.load(make_config(prepared[0]).data)
-  source = tfds.builder_from_directory(str(prepared[1])).as_data_source("train")
+  whole = prepared.load(make_config(folder_of_log[0]).data)
+  source = tfds.builder_from_directory(str(folder_of_log[1])).as_data_source("train")
   assert len(source) == whole.num_users
   for user in range(0, len(source), 7):
     assert source[user]["id"].decode() == whole.user_ids[user]
@@ -155,68 +156,68 @@ def test_tfds_opens_the_folder(prepared):
     ({"data__split__name": "users"}, "split.name: leave_one_out there, users now.*split.seed: None there, 0 now"),
     ({"data__min_rating": 2.0}, "min_rating: None there, 2.0 now"),
 ])
-def test_other_rules_than_those_of_the_folder_are_refused(prepared, values, message):
+def test_other_rules_than_those_of_the_folder_are_refused(folder_of_log, values, message):
   with pytest.raises(ValueError, match=f"was prepared by other rules: .*{message}.*Use the same"):
-    records.load(make_config(prepared[1], **values).data)
-  records.load(make_config(prepared[1], data__split__seed=5, data__header="a,b").data)  # not read
+    prepared.load(make_config(folder_of_log[1], **values).data)
+  prepared.load(make_config(folder_of_log[1], data__split__seed=5, data__header="a,b").data)  # not read
 
 
-def copy(prepared, tmp_path):
-  return pathlib.Path(shutil.copytree(prepared[1], tmp_path / "copy"))
+def copy(folder_of_log, tmp_path):
+  return pathlib.Path(shutil.copytree(folder_of_log[1], tmp_path / "copy"))
 
 
-def test_damage_is_named_when_it_is_read(prepared, tmp_path):
-  folder = copy(prepared, tmp_path)
+def test_damage_is_named_when_it_is_read(folder_of_log, tmp_path):
+  folder = copy(folder_of_log, tmp_path)
   shard = sorted(folder.glob("*.array_record*"))[1]
   whole = shard.read_bytes()
   at = whole.index(b"items")
   shard.write_bytes(whole[:at + 12] + bytes([whole[at + 12] ^ 1]) + whole[at + 13:])
-  corpus = records.load(make_config(folder).data)
+  corpus = prepared.load(make_config(folder).data)
   with pytest.raises(ValueError, match=f"{shard.name} is damaged: .*hash mismatch.*prepare the corpus again"):
     np.asarray(corpus.items)
   with pytest.raises(ValueError, match=f"{shard.name} is not what it was"):
-    records.check_files(folder, records.read_manifest(folder), whole=True)
+    prepared.check_files(folder, prepared.read_manifest(folder), whole=True)
   shard.write_bytes(whole[:len(whole) // 2])
   with pytest.raises(ValueError, match=f"{shard.name} has .* bytes, and had {len(whole)}"):
-    records.load(make_config(folder).data)
+    prepared.load(make_config(folder).data)
   shard.unlink()
   with pytest.raises(ValueError, match=f"{shard.name} is missing"):
-    records.load(make_config(folder).data)
+    prepared.load(make_config(folder).data)
 
 
 @pytest.mark.parametrize("name", ["users.parquet", "items.parquet", "split.npz", "features.json"])
-def test_small_files_are_checked_when_opened(prepared, tmp_path, name):
-  folder = copy(prepared, tmp_path)
+def test_small_files_are_checked_when_opened(folder_of_log, tmp_path, name):
+  folder = copy(folder_of_log, tmp_path)
   content = bytearray((folder / name).read_bytes())
   content[len(content) // 2] ^= 1
   (folder / name).write_bytes(content)
   with pytest.raises(ValueError, match=f"{name} is not what it was when it was prepared"):
-    records.load(make_config(folder).data)
+    prepared.load(make_config(folder).data)
 
 
-def test_manifests_that_cannot_be_read_are_refused(prepared, tmp_path):
-  folder = copy(prepared, tmp_path)
+def test_manifests_that_cannot_be_read_are_refused(folder_of_log, tmp_path):
+  folder = copy(folder_of_log, tmp_path)
   made = json.loads((folder / "prepared.json").read_text())
   for content in ("", "{", "[]", json.dumps(made | {"schema": 99})):
     (folder / "prepared.json").write_text(content)
     with pytest.raises(ValueError, match="prepared.json cannot be read .*prepare the corpus again"):
-      records.load(make_config(folder).data)
+      prepared.load(make_config(folder).data)
   (folder / "prepared.json").unlink()
   with pytest.raises(ValueError, match="is not a folder that awrsr_jax.prepare made"):
-    records.load(make_config(folder, data__format="prepared").data)
+    prepared.load(make_config(folder, data__format="prepared").data)
 
 
-def test_what_exists_is_not_overwritten(prepared):
+def test_what_exists_is_not_overwritten(folder_of_log):
   with pytest.raises(ValueError, match="--out=.* exists; remove it, or choose another folder"):
-    records.prepare(make_config(prepared[0]).data, prepared[1], 2**28)
+    prepared.prepare(make_config(folder_of_log[0]).data, folder_of_log[1], 2**28)
   with pytest.raises(ValueError, match="cannot be written: .*; choose another --out"):
-    records.prepare(make_config(prepared[0]).data, prepared[0] + "/x", 2**28)
+    prepared.prepare(make_config(folder_of_log[0]).data, folder_of_log[0] + "/x", 2**28)
 
 
 def test_a_refused_log_leaves_nothing_behind(tmp_path):
   path = write_log(tmp_path / "log.csv")
   with pytest.raises(ValueError, match="no users left after k-core 999"):
-    records.prepare(make_config(path, data__k_core=999).data, tmp_path / "out", 2**28)
+    prepared.prepare(make_config(path, data__k_core=999).data, tmp_path / "out", 2**28)
   assert os.listdir(tmp_path) == ["log.csv"]
 
 
@@ -234,18 +235,18 @@ def test_a_killed_preparation_starts_over_and_two_at_once_are_refused(tmp_path):
     time.sleep(0.02)
     assert first.poll() is None, first.communicate()
   with pytest.raises(ValueError, match="out.partial is being prepared by another process"):
-    records.prepare(make_config(path).data, tmp_path / "out", 2**28)
+    prepared.prepare(make_config(path).data, tmp_path / "out", 2**28)
   first.send_signal(signal.SIGKILL)
   first.communicate()
   assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "work").exists()
-  assert not records.is_prepared(str(tmp_path / "out.partial"))
+  assert not prepared.is_prepared(str(tmp_path / "out.partial"))
   second = start(path, tmp_path / "out")
   output, errors = second.communicate(timeout=120)
   assert second.returncode == 0 and "left of a preparation that was cut off; starting over" in errors, errors
   assert f"train on it with --config.data.path={tmp_path / 'out'}" in output
   assert sorted(os.listdir(tmp_path)) == ["log.csv", "out"]
-  whole = records.load(make_config(path).data)
-  assert records.load(make_config(tmp_path / "out").data).description == whole.description
+  whole = prepared.load(make_config(path).data)
+  assert prepared.load(make_config(tmp_path / "out").data).description == whole.description
 
 
 @pytest.mark.parametrize("limit", [1 << 12, 1 << 18, 5 << 18])
