@@ -140,6 +140,9 @@ def clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int]
     raise ValueError(f"{log.source} has no interactions ({rows} rows, {bad} of them bad, {low} rated below "
                      f"{min_rating}); set --config.data.path=FILE to a file that has some")
   kept = f"{good} AND {enough}"
+  if not bad:  # as nearly always: the rest of the queries need not ask again
+    kept = enough
+    values |= {name: f'"{name}"::{"BIGINT" if types[name] in WHOLE + REAL else "VARCHAR"}' for name in ("user", "item")}
   for name in ("user", "item"):
     _number_ids(log, name, values[name], kept)
   database.execute(
