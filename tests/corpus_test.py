@@ -281,5 +281,7 @@ def test_no_oracle_where_the_law_no_longer_holds(tmp_path):
 def test_the_format_alone_asks_for_synthetic_data_but_not_with_a_path(tmp_path):
   made = corpus.load(synthetic_data(name="", format="synthetic"))
   assert made.num_users == 12 and "seed 0" in made.name
+  with pytest.raises(ValueError, match="a table and config.data.name=synthetic are two sources"):
+    corpus.load(synthetic_data(), table={})
   with pytest.raises(ValueError, match="leave out --config.data.path"):
     load_text(tmp_path, "1 1 2 3\n", format="synthetic")

@@ -128,6 +128,12 @@ def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
     read(tmp_path / "*.parquet")
 
 
+@pytest.mark.parametrize("name", ["a*.csv", "a[b].csv", "a?.csv", "it's.csv", "a b.csv", "ü.csv"])
+def test_names_of_files_are_no_patterns(tmp_path, name):
+  write(tmp_path, "ab.csv", lines_of(("user", "item", "time"), ROWS * 2))
+  assert read(write(tmp_path, name, lines_of(("user", "item", "time"), ROWS)))[0] == ROWS
+
+
 def test_json_files_may_differ_in_what_is_not_read_but_not_in_what_is(tmp_path):
   write(tmp_path, "a.json", '{"user": "u", "item": "i", "time": 1, "text": "x"}\n')
   write(tmp_path, "b.json", '{"user": "u", "item": "j", "time": 2}\n')

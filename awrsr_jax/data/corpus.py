@@ -100,8 +100,9 @@ def load(data: ml_collections.ConfigDict, table: Any = None) -> Corpus:
     with logs.open_database() as database:
       corpus = number(database, *read_log(database, data, table), data)
   except (duckdb.OutOfMemoryException, MemoryError) as error:
-    raise ValueError(f"the log does not fit into memory ({str(error).splitlines()[:1]}); make a prepared corpus of it: "
-                     "python -m awrsr_jax.prepare --config=... --out=FOLDER, then --config.data.path=FOLDER") from error
+    raise ValueError(f"{data.path or data.name}: the log does not fit into memory ({type(error).__name__}); make a "
+                     "prepared corpus of it: python -m awrsr_jax.prepare --config=... --out=FOLDER, then "
+                     "--config.data.path=FOLDER") from error
   return check(corpus, data)
 
 
@@ -113,6 +114,8 @@ def read_log(database: duckdb.DuckDBPyConnection, data: ml_collections.ConfigDic
     The log, and how many rows were read and left out; see `log.clean`.
   """
   if is_synthetic(data):
+    if table is not None:
+      raise ValueError("a table and config.data.name=synthetic are two sources; leave one out")
     log = logs.put(database, synthetic.generate(data.synthetic))
   else:
     log = readers.read(database, data, table)

@@ -109,7 +109,7 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
     if kind == "json":
       scan = scan.replace("$columns", ", ".join(f"{_text(name)}: 'VARCHAR'" for name in chosen.values()))
     columns = ", ".join(f'{_name(name)} AS "{key}"' for key, name in chosen.items())
-    database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM {scan}", {"files": files})
+    database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM {scan}", {"files": [glob.escape(file) for file in files]})
   except duckdb.Error as error:
     if isinstance(error, duckdb.OutOfMemoryException) or "write" in _first_line(error):
       raise  # nothing is wrong with the files
@@ -254,14 +254,14 @@ def _scan_json(files: list[str], data: Any) -> tuple[str, list[str], int]:
 def _scan_parquet(database: duckdb.DuckDBPyConnection, files: list[str]) -> str:
   """Returns SQL that reads the files."""
   heads = {file: [f"{row[0]} {row[1]}" for row in database.execute(
-      "DESCRIBE SELECT * FROM read_parquet($file)", {"file": file}).fetchall()] for file in files}
+      "DESCRIBE SELECT * FROM read_parquet($file)", {"file": glob.escape(file)}).fetchall()] for file in files}
   _check_same(heads)
   return "read_parquet($files)"
 
 
 def _parquet_names(database: duckdb.DuckDBPyConnection, files: list[str]) -> list[str]:
   return [row[0] for row in database.execute("DESCRIBE SELECT * FROM read_parquet($file)",
-                                             {"file": files[0]}).fetchall()]
+                                             {"file": glob.escape(files[0])}).fetchall()]
 
 
 def _check_same(heads: dict[str, Any]) -> None:
@@ -295,7 +295,7 @@ def _locate(files: list[str], kind: str, row: int, first_line: int, delimiter: s
   """Returns "file:line: text" of a row, counted over all files from 0; no line before it was left out."""
   for file in files:
     if kind == "parquet":
-      count, = duckdb.execute("SELECT count(*) FROM read_parquet($file)", {"file": file}).fetchone()
+      count, = duckdb.execute("SELECT count(*) FROM read_parquet($file)", {"file": glob.escape(file)}).fetchone()
       if row < count:
         return f"{file}, row {row + 1}"
     else:

@@ -27,7 +27,8 @@ LOG = logging.getLogger(__name__)
 # Keys that a resumed run may have changed, and why that is safe.
 FREE_KEYS = {
     "train.epochs",  # may grow: the run goes on
-    "data.path",  # the corpus fingerprint is compared instead, so data may have moved
+    "data.path", "data.format", "data.header", "data.on_bad_row", "data.columns.user", "data.columns.item",
+    "data.columns.time", "data.columns.rating", "data.columns.title",  # fingerprint and raw ids are compared instead
     "mesh.data", "mesh.model",  # the global batch does not depend on the devices
     "model.remat",  # the same values, made twice
     "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
