@@ -31,12 +31,12 @@ prepared.prepare(tiny_config.get_config().data, folder / "prepared", 2 ** 28)
 for name, *feeds in (("host", ("host", None)), ("device", ("device", 1)), ("calls of 3", ("device", 3)),
                      ("changed within an epoch", ("device", 2), ("host", None)),
                      ("streamed from files, stopped within an epoch", ("auto", None), ("auto", None)),
-                     ("files and then the devices", ("auto", None), ("device", 1))):
+                     ("files and then the devices", ("auto", None), ("device", 1)),
+                     ("memory and then files", ("auto", None), ("auto", None))):
   config = tiny_config.get_config()
   config.mesh.data, config.data.long_history = -1, "windows"
-  if "files" in name:
-    config.data.path = str(folder / "prepared")
   for turn, (config.data.feed, config.train.steps_per_call) in enumerate(feeds, 1):
+    config.data.path = str(folder / "prepared") if "files" in name and (name[0] != "m" or turn > 1) else ""
     try:
       train(config, folder / name, lambda: turn < len(feeds))
     except processes.Preempted as notice:
@@ -54,7 +54,7 @@ def test_device_and_host_and_files_and_several_steps_a_call_train_bit_equal(tmp_
   done = subprocess.run([sys.executable, "-c", RUNS, tmp_path], env=environment, capture_output=True,
                         text=True, timeout=300)
   assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines()[-1] == "equal 6" and done.stdout.count("at step") == 3
+  assert done.stdout.splitlines()[-1] == "equal 7" and done.stdout.count("at step") == 4
 
 
 def test_an_epoch_on_the_devices_has_the_batches_of_the_host(small_config):

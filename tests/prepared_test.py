@@ -198,7 +198,7 @@ def test_small_files_are_checked_when_opened(folder_of_log, tmp_path, name):
 def test_manifests_that_cannot_be_read_are_refused(folder_of_log, tmp_path):
   folder = copy(folder_of_log, tmp_path)
   made = json.loads((folder / "prepared.json").read_text())
-  for content in ("", "{", "[]", json.dumps(made | {"schema": 99})):
+  for content in ("", "{", "[]", json.dumps(made | {"schema": 99}), json.dumps({"schema": 1})):
     (folder / "prepared.json").write_text(content)
     with pytest.raises(ValueError, match="prepared.json cannot be read .*prepare the corpus again"):
       prepared.load(make_config(folder).data)
@@ -210,6 +210,8 @@ def test_manifests_that_cannot_be_read_are_refused(folder_of_log, tmp_path):
 def test_what_exists_is_not_overwritten(folder_of_log):
   with pytest.raises(ValueError, match="--out=.* exists; remove it, or choose another folder"):
     prepared.prepare(make_config(folder_of_log[0]).data, folder_of_log[1], 2**28)
+  with pytest.raises(ValueError, match="is a prepared corpus already"):
+    prepared.prepare(make_config(folder_of_log[1]).data, folder_of_log[0] + ".again", 2**28)
   with pytest.raises(ValueError, match="cannot be written: .*; choose another --out"):
     prepared.prepare(make_config(folder_of_log[0]).data, folder_of_log[0] + "/x", 2**28)
 

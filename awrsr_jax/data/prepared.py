@@ -101,6 +101,8 @@ def prepare(data: ml_collections.ConfigDict, out: str | os.PathLike[str], memory
     ValueError: as `corpus.load`; or the folder exists, is being prepared, or there is no space.
   """
   out = pathlib.Path(os.path.abspath(out))
+  if data.path and is_prepared(data.path):
+    raise ValueError(f"--config.data.path={data.path} is a prepared corpus already; give the log that it was made of")
   if out.exists():
     raise ValueError(f"--out={out} exists; remove it, or choose another folder")
   partial = out.with_name(out.name + ".partial")
@@ -176,6 +178,9 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     made = json.loads(path.read_text())
     if made["schema"] != SCHEMA:
       raise ValueError(f"its schema is {made['schema']}, and {SCHEMA} is read here")
+    lacking = {"rules", "description", "statistics", "shards", "users_of_shards", "files"} - made.keys()
+    if lacking:
+      raise ValueError(f"it has no {', '.join(sorted(lacking))}")
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} cannot be read ({error}); prepare the corpus again") from error
   return made
