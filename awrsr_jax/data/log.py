@@ -183,6 +183,7 @@ def _time_value(database: duckdb.DuckDBPyConnection, kind: str) -> str:
   if kind.startswith(("TIMESTAMP", "DATE")):
     return "epoch_us(time::TIMESTAMPTZ)"
   number, whole, stamp = (f"TRY_CAST(time::VARCHAR AS {kind})" for kind in ("DOUBLE", "BIGINT", "TIMESTAMPTZ"))
+  stamp = f"CASE WHEN regexp_matches(time::VARCHAR, '^\\s*[0-9]{{4}}-') THEN {stamp} END"  # 19-01-01 is no year 19
   numbers, whole_numbers, stamps = database.execute(
       f"SELECT count(*) FILTER (isfinite({number})), count(*) FILTER ({number} = {whole}), "
       f"count(*) FILTER (isfinite({stamp})) FROM raw").fetchone()

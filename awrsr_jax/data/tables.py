@@ -202,7 +202,10 @@ def _csv_head(file: str, data: Any) -> tuple[str, tuple[str, ...], bool]:
     raise ValueError(f"{file} has no lines ({os.path.getsize(file)} bytes); set --config.data.path=FILE to a file with "
                      "interactions")
   delimiter = max(DELIMITERS, key=lines[0].count)
-  rows = list(csv.reader(lines, delimiter=delimiter))
+  try:
+    rows = list(csv.reader(lines, delimiter=delimiter))
+  except csv.Error as error:
+    raise ValueError(f"{file}: {error}; is it a CSV file whose lines end in \\n or \\r\\n?") from error
   if data.header:
     names, has_header = tuple(data.header.split(",")), False
   else:

@@ -58,7 +58,7 @@ def decode(content: bytes, where: str, encoding: str) -> str:
     line = content.count(b"\n", 0, error.start) + 1
     raise ValueError(f"{where}:{line}: byte {content[error.start]:#04x} is not {encoding} text; is this the right "
                      "file? Set --config.data.path=FILE to a text file") from error
-  return text.replace("\r\n", "\n")
+  return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_sequences(path: str, on_bad_row: str = "error") -> Interactions:
