@@ -54,7 +54,7 @@ def test_ids_that_look_alike_are_refused(ids):
 
 
 def test_fractions_are_no_ids():
-  with pytest.raises(ValueError, match="table, row 2: the user ids are real numbers, and not all whole"):
+  with pytest.raises(ValueError, match="table, row 2: the user ids are real numbers .DOUBLE., and not all are whole"):
     clean(table([1.0, 2.5]))
 
 
@@ -100,7 +100,7 @@ def test_times_are_numbers_or_dates(times, expected):
     ([1700000000, 0, 1700000002], 2, "stand-in for a missing time"),
     ([1700000000, int(time.time()) + 10**6], 2, "lies in the future, read as seconds since 1970"),
     ([1700000000000, int(time.time() + 10**6) * 1000], 2, "lies in the future, read as milliseconds"),
-    (["2020-01-01", "2999-01-01"], 2, r"lies in the future, read as microseconds since 1970 \(2999-01-01 00:00\)"),
+    (["2020-01-01", "2999-01-01"], 2, "lies in the future, read as microseconds since 1970"),
 ])
 def test_times_of_several_units_and_of_the_future_are_refused(times, row, words):
   with pytest.raises(ValueError, match=f"row {row}: .*{words}"):

@@ -12,6 +12,7 @@ import datetime
 import logging
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "U
 REAL = ("FLOAT", "DOUBLE")
 SPACES = "' ' || chr(9) || chr(10) || chr(13)"
 UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}  # 1973 in each of them
+NUMBER = r"[\s\x0b]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[\s\x0b]*"
+DATE = r"\s*[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}([ T][^(]*)?"
 FAR = 100  # times so many times apart, with none between, were not counted in one unit
 
 
@@ -98,6 +101,17 @@ def put(database: duckdb.DuckDBPyConnection, found: Interactions) -> Log:
   return Log(database, found.source, titles, lambda row: f"{found.source}, row {row + 1}")
 
 
+def first_line(error: Any) -> str:
+  """Returns the first line of an error, which says what it is."""
+  return str(error).split("\n", 1)[0]
+
+
+def is_about_space(error: duckdb.Error) -> bool:
+  """Whether memory or disk are full, and not a source at fault."""
+  return isinstance(error, duckdb.OutOfMemoryException) or bool(
+      re.search("Could not write file|No space left|failed to offload", str(error)))
+
+
 def clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int]:
   """Makes `users`, `items` and `coded` of `raw`, and drops `raw`.
 
@@ -117,6 +131,17 @@ def clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int]
     ValueError: no good row; a bad one (with its place); no ratings; two ids that look the same; times of several units
       or in the future; more users or items than int32 holds.
   """
+  try:
+    return _clean(log, min_rating, on_bad_row)
+  except duckdb.Error as error:
+    if is_about_space(error):
+      raise
+    raise ValueError(f"{log.source}: {first_line(error)}; bring its users, items and times into a plainer form, as "
+                     "whole numbers or text") from error
+
+
+def _clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int]:
+  """As `clean`; what DuckDB makes nothing of is its own error."""
   database, types = log.database, log.columns()
   if min_rating is not None and "rating" not in types:
     raise ValueError(f"config.data.min_rating={min_rating}: {log.source} has no ratings; leave min_rating out, or name "
@@ -150,7 +175,7 @@ def clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int]
       f"(SELECT {values['user']} AS user, {values['item']} AS item, {values['time']} AS time, rowid AS row FROM raw "
       f"WHERE {kept}) AS found JOIN users ON found.user = users.raw JOIN items ON found.item = items.raw")
   if "time" in types:
-    _check_times(log)
+    _check_times(log, is_date="epoch_us" in values["time"])
   if "title" in types:
     rows_of_titles = database.execute(
         f"SELECT ({values['item']})::VARCHAR, min(title::VARCHAR) FROM raw WHERE {kept} AND title IS NOT NULL "
@@ -167,11 +192,12 @@ def _id_value(log: Log, name: str, kind: str) -> str:
   if kind in WHOLE:
     return f'"{name}"::BIGINT'
   if kind in REAL:
-    broken = log.database.execute(f'SELECT min(rowid) FROM raw WHERE isfinite("{name}") AND "{name}" != '
-                                  f'TRY_CAST("{name}" AS BIGINT)').fetchone()[0]
+    exact = 2**24 if kind == "FLOAT" else 2**53
+    broken = log.database.execute(f'SELECT min(rowid) FROM raw WHERE isfinite("{name}") AND (abs("{name}") >= {exact} '
+                                  f'OR "{name}" != TRY_CAST("{name}" AS BIGINT))').fetchone()[0]
     if broken is not None:
-      raise ValueError(f"{log.locate(broken)}: the {name} ids are real numbers, and not all whole ({kind}); store "
-                       "them as whole numbers or as text")
+      raise ValueError(f"{log.locate(broken)}: the {name} ids are real numbers ({kind}), and not all are whole and "
+                       f"below {exact}; store them as whole numbers or as text")
     return f'TRY_CAST("{name}" AS BIGINT)'
   return f"CASE WHEN trim(\"{name}\"::VARCHAR, {SPACES}) != '' THEN \"{name}\"::VARCHAR END"
 
@@ -181,9 +207,12 @@ def _time_value(database: duckdb.DuckDBPyConnection, kind: str) -> str:
   if kind in WHOLE or kind in REAL:
     return "time"
   if kind.startswith(("TIMESTAMP", "DATE")):
-    return "epoch_us(time::TIMESTAMPTZ)"
-  number, whole, stamp = (f"TRY_CAST(time::VARCHAR AS {kind})" for kind in ("DOUBLE", "BIGINT", "TIMESTAMPTZ"))
-  stamp = f"CASE WHEN regexp_matches(time::VARCHAR, '^\\s*[0-9]{{4}}-') THEN {stamp} END"  # 19-01-01 is no year 19
+    stamp = "time" if kind == "TIMESTAMP WITH TIME ZONE" else "TRY_CAST(TRY_CAST(time AS TIMESTAMP) AS TIMESTAMPTZ)"
+    return f"CASE WHEN isfinite({stamp}) THEN epoch_us({stamp}) END"
+  # DuckDB also takes 0x1F, 1_000, years of two figures and years before Christ
+  number, whole, stamp = (
+      f"CASE WHEN regexp_full_match(time::VARCHAR, '{form}') THEN TRY_CAST(time::VARCHAR AS {kind}) END"
+      for form, kind in ((NUMBER, "DOUBLE"), (NUMBER, "BIGINT"), (DATE, "TIMESTAMPTZ")))
   numbers, whole_numbers, stamps = database.execute(
       f"SELECT count(*) FILTER (isfinite({number})), count(*) FILTER ({number} = {whole}), "
       f"count(*) FILTER (isfinite({stamp})) FROM raw").fetchone()
@@ -226,28 +255,29 @@ def _number_ids(log: Log, name: str, value: str, kept: str) -> None:
   database.execute("DROP TABLE ids")
 
 
-def _check_times(log: Log) -> None:
-  """Raises ValueError for times in several units, and for times in the future."""
+def _check_times(log: Log, is_date: bool) -> None:
+  """Raises ValueError for numbers in several units, and for times in the future."""
   bounds = list(UNITS.values())
   group = " + ".join(f"(time >= {bound:.0f})::INTEGER" for bound in bounds)
   groups = log.database.execute(f"SELECT {group} AS unit, count(*), min(time), max(time), arg_min(row, time) "
                                 "FROM coded GROUP BY unit ORDER BY unit").fetchall()
   total = sum(count for _, count, *_ in groups)
   for before, after in zip(groups[:-1], groups[1:], strict=True):
-    if after[2] > FAR * max(abs(before[2]), abs(before[3])):
+    if not is_date and after[2] > FAR * max(abs(before[2]), abs(before[3])):
       rare = min(before, after, key=lambda found: found[1])
       raise ValueError(f"{log.locate(rare[4])}: {rare[1]} of {total} times lie between {rare[2]} and {rare[3]}, far "
                        f"from the others ({before[2]} to {before[3]}, then {after[2]} to {after[3]}): mixed time "
                        "units, or a stand-in for a missing time; bring all to one unit, or take those rows out")
   unit, _, _, newest, _ = groups[-1]
+  unit = list(UNITS).index("microseconds") + 1 if is_date else unit
   if unit:
     scale = 1e3 ** (unit - 1)
     now = datetime.datetime.now(datetime.UTC).timestamp()
     if newest / scale > now + 86400:
       row, = log.database.execute("SELECT arg_max(row, time) FROM coded").fetchone()
       name = list(UNITS)[unit - 1]
-      raise ValueError(f"{log.locate(row)}: time {newest} lies in the future, read as {name} since 1970 "
-                       f"({describe_time(newest)}); correct or remove such rows")
+      raise ValueError(f"{log.locate(row)}: time {newest} lies in the future, read as {name} since 1970; "
+                       "correct or remove such rows")
 
 
 def describe_time(time: float) -> str:

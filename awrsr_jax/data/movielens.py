@@ -83,7 +83,7 @@ def read_movielens(database: duckdb.DuckDBPyConnection, data: Any, path: str) ->
   Raises:
     ValueError: no ratings there, a damaged zip, or a row that is not one (file and line).
   """
-  if path.lower().endswith(".zip"):
+  if path.lower().endswith(".zip") and os.path.isfile(path):
     return _read_zip(database, data, path)
   kind = detect(path) if not os.path.isdir(path) else next(
       (kind for kind in FILES if os.path.isfile(os.path.join(path, kind))), None)
@@ -100,7 +100,10 @@ def read_movielens(database: duckdb.DuckDBPyConnection, data: Any, path: str) ->
   if not os.path.isfile(beside):
     return log
   titles = text.decode(text.read_bytes(beside, None), beside, encoding)
-  return dataclasses.replace(log, titles=_parse_titles(titles, titles_separator))
+  try:
+    return dataclasses.replace(log, titles=_parse_titles(titles, titles_separator))
+  except csv.Error as error:
+    raise ValueError(f"{beside}: {error}; mend it, or take it away to do without titles") from error
 
 
 def _read_zip(database: duckdb.DuckDBPyConnection, data: Any, path: str) -> Log:
@@ -139,7 +142,7 @@ def _unpacked(path: str) -> Iterator[tuple[str, Callable[[str], str]]]:
       raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or damaged: {error}; download it again, "
                        "or set --config.data.path to another file") from error
     ratings = os.path.join(folder, kind)
-    yield ratings, lambda message: message.replace(ratings, f"{path}/{member}")
+    yield ratings, lambda message: message.replace(folder, os.path.dirname(f"{path}/{member}"))
 
 
 def _parse_titles(content: str, separator: str) -> dict[str, str]:

@@ -37,7 +37,7 @@ def read(database: duckdb.DuckDBPyConnection, data: ml_collections.ConfigDict, t
   if data.path:
     if not os.path.exists(data.path) and not any(mark in data.path for mark in "*?["):
       raise ValueError(f"no such file or folder: {data.path} (--config.data.path={data.path}, seen from {os.getcwd()})")
-    match detect_format(data.path) if data.format == "auto" else data.format:
+    match detect_format(data.path, data.header) if data.format == "auto" else data.format:
       case "tfds":
         return put(database, read_tfds(data))
       case "movielens":
@@ -59,11 +59,12 @@ def read(database: duckdb.DuckDBPyConnection, data: ml_collections.ConfigDict, t
                    f"--config.data.path=FILE (or --config.data.name to a download: {', '.join(DOWNLOADS)})")
 
 
-def detect_format(path: str) -> str:
+def detect_format(path: str, header: str = "") -> str:
   """Returns the format of a file, folder or pattern, by its name and content.
 
   Args:
     path: an existing file or folder, or a pattern with *.
+    header: `config.data.header`; only a table has one.
 
   Returns:
     "movielens", "tfds" (a folder with dataset_info.json), "table" (by its ending, or JSON or parquet inside), "pairs"
@@ -77,7 +78,7 @@ def detect_format(path: str) -> str:
       return "tfds"
     is_movielens = any(os.path.isfile(os.path.join(path, name)) for name in FILES)
     return "table" if not is_movielens and any(map(kind_of, os.listdir(path))) else "movielens"
-  if not os.path.isfile(path):
+  if header or not os.path.isfile(path):
     return "table"
   if path.lower().endswith(".zip"):
     return "movielens"

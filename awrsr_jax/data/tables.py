@@ -5,6 +5,7 @@ Which columns are user, item, time, rating and title stands in `config.data.colu
 known layout are looked for. Rows keep the order of their file, and files the order of their names.
 """
 
+import collections
 import csv
 import glob
 import gzip
@@ -18,8 +19,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import duckdb
+import pyarrow
+import pyarrow.parquet
 
-from awrsr_jax.data.log import Log
+from awrsr_jax.data.log import Log, first_line, is_about_space
 
 LOG = logging.getLogger(__name__)
 KINDS = {"csv": "csv", "tsv": "csv", "inter": "csv", "json": "json", "jsonl": "json", "ndjson": "json",
@@ -38,7 +41,9 @@ LAYOUTS = {  # who publishes it: the names of user, item, time, rating and title
 AMAZON_USER, AMAZON_ITEM = re.compile("A[0-9A-Z]{9,20}"), re.compile("B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 SAMPLE = 1000  # lines looked at to tell what a file is
 DELIMITERS = ",\t;|"
+BLANKS = " \t\r\n"  # of JSON
 LONGEST_LINE = 1 << 24  # bytes
+csv.field_size_limit(LONGEST_LINE)  # Python's own is 128 KiB
 
 
 def kind_of(path: str) -> str | None:
@@ -64,6 +69,7 @@ def list_files(path: str) -> list[str]:
   """
   if os.path.isdir(path):
     files = [os.path.join(path, name) for name in os.listdir(path) if kind_of(name)]
+    files = [file for file in files if os.path.isfile(file)]  # Spark calls folders of parts x.csv
   else:
     files = [path] if os.path.exists(path) else glob.glob(path)
   if not files:
@@ -100,39 +106,57 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
       check_gzip(file)
   try:
     if kind == "csv":
-      scan, names, first_line = _scan_csv(files, data, form)
-    elif kind == "json":
-      scan, names, first_line = _scan_json(files, data)
+      scan, names, delimiter, has_header = _scan_csv(files, data, form)
     else:
-      scan, names, first_line = _scan_parquet(database, files), _parquet_names(database, files), 0
+      scan, names = _scan_json(files, data) if kind == "json" else _scan_parquet(database, files)
+      delimiter, has_header = "", False
     chosen = choose_columns(names, data.columns, path)
-    if kind == "json":
-      scan = scan.replace("$columns", ", ".join(f"{_text(name)}: 'VARCHAR'" for name in chosen.values()))
     columns = ", ".join(f'{_name(name)} AS "{key}"' for key, name in chosen.items())
-    database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM {scan}", {"files": [glob.escape(file) for file in files]})
+    if kind == "json":
+      scan = scan.replace("$columns", ", ".join(f"{_text(name)}: 'JSON'" for name in chosen.values()))
+      columns = ", ".join(f'{_json_value(_name(name))} AS "{key}"' for key, name in chosen.items())
+    as_they_stand = [glob.escape(file) for file in files]  # to DuckDB a name is a pattern
+    database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM {scan}", {"files": as_they_stand})
   except duckdb.Error as error:
-    if isinstance(error, duckdb.OutOfMemoryException) or "write" in _first_line(error):
+    if is_about_space(error):
       raise  # nothing is wrong with the files
-    raise ValueError(f"cannot read {path}: {_first_line(error)}; is the file whole, and utf-8 text?") from error
+    raise ValueError(f"cannot read {path}: {first_line(error)}; is the file whole, and utf-8 text?") from error
   if kind == "csv":
     _settle_rejects(database, files, data.on_bad_row)
-  delimiter = form[0] if form else None
-  return Log(database, path, {}, lambda row: _locate(files, kind, row, first_line, delimiter))
+  has_quotes = kind == "csv" and not form
+  return Log(database, path, {}, lambda row: _locate(files, kind, row, has_header, delimiter, has_quotes))
 
 
 def read_frame(database: duckdb.DuckDBPyConnection, table: Any, data: Any) -> Log:
   """Puts a pandas, polars or pyarrow table into `raw`; see `read_tables`."""
   source = f"the {type(table).__module__.partition('.')[0]} table"
   try:
-    database.register("given", table)
-    names = [row[0] for row in database.execute("DESCRIBE given").fetchall()]
+    names = [str(name) for name in (table.column_names if isinstance(table, pyarrow.Table) else table.columns)]
     chosen = choose_columns(names, data.columns, source)
+    database.register("given", _take_columns(table, list(chosen.values())))
     columns = ", ".join(f'{_name(name)} AS "{key}"' for key, name in chosen.items())
     database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM given")
     database.unregister("given")
-  except duckdb.Error as error:
-    raise ValueError(f"cannot read {source}: {_first_line(error)}; give a pandas, polars or pyarrow table") from error
+  except (duckdb.Error, pyarrow.ArrowException, AttributeError, TypeError) as error:
+    if isinstance(error, duckdb.Error) and is_about_space(error):
+      raise
+    raise ValueError(f"cannot read {source}: {first_line(error)}; give a pandas, polars or pyarrow table") from error
   return Log(database, source, {}, lambda row: f"{source}, row {row + 1}")
+
+
+def _take_columns(table: Any, names: list[str]) -> Any:
+  """Returns some columns of a table; those of pandas that hold any Python objects as text, each as it stands."""
+  if not type(table).__module__.startswith("pandas"):
+    return table.select(names)
+  columns = {}
+  for name in names:
+    column = table[name]
+    if column.dtype == object:  # DuckDB would look at a sample, and bend the others to its type
+      missing = column.isna()
+      column = pyarrow.array([None if gone else str(value) for gone, value in zip(missing, column, strict=True)],
+                             pyarrow.large_string())
+    columns[name] = column
+  return pyarrow.table(columns)
 
 
 def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]:
@@ -152,6 +176,8 @@ def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]
   for key, name in chosen.items():
     if name not in names:
       raise ValueError(f"{where} has no column {name!r}, but {names}; set --config.data.columns.{key}=NAME")
+  if len(set(names)) < len(names):
+    raise ValueError(f"{where} has several columns of one name: {names}; give each its own")
   for layout in LAYOUTS.values():
     full = {key: name for key, name in zip(KEYS, layout, strict=True) if name in names} | chosen
     if tuple(full.get(key) for key in KEYS[:3]) == layout[:3]:
@@ -180,24 +206,30 @@ def check_gzip(path: str) -> None:
                      "set --config.data.path to another file") from error
 
 
-def _scan_csv(files: list[str], data: Any, form: tuple[str, tuple[str, ...]] | None) -> tuple[str, list[str], int]:
-  """Returns SQL that reads the files, the names of their columns, and how many lines of a file are no rows."""
+def _scan_csv(files: list[str], data: Any,
+              form: tuple[str, tuple[str, ...]] | None) -> tuple[str, list[str], str, bool]:
+  """Returns SQL that reads the files, the names of their columns, what stands between, and if names come first."""
   if form:
-    delimiter, names, has_header = *form, False
+    delimiter, names, skipped = *form, 0
   else:
     heads = {file: _csv_head(file, data) for file in files}
     _check_same(heads)
-    delimiter, names, has_header = heads[files[0]]
+    delimiter, names, skipped = heads[files[0]]
   columns = ", ".join(f"{_text(name)}: 'VARCHAR'" for name in names)
   quote = "''" if form else "'\"'"
-  return (f"read_csv($files, auto_detect=false, header={has_header}, delim={_text(delimiter)}, quote={quote}, "
+  quoting = [] if form else [file for file in files if _holds(file, b'"')]
+  for file in quoting:
+    _check_quotes(file, delimiter)
+  return (f"read_csv($files, auto_detect=false, header=false, skip={skipped}, delim={_text(delimiter)}, quote={quote}, "
           f"escape={quote}, strict_mode=true, store_rejects=true, rejects_limit=0, max_line_size={LONGEST_LINE}, "
-          f"columns={{{columns}}})"), list(names), int(has_header)
+          f"parallel={not quoting}, "  # several threads start amid a file, where none knows whether a quote is open
+          f"hive_partitioning=false, columns={{{columns}}})"), list(names), delimiter, skipped > 0
 
 
-def _csv_head(file: str, data: Any) -> tuple[str, tuple[str, ...], bool]:
-  """Returns the delimiter of a CSV file, the names of its columns, and whether they stand in its first line."""
-  lines = list(itertools.islice((line for _, line in _lines(file) if line.strip()), SAMPLE))
+def _csv_head(file: str, data: Any) -> tuple[str, tuple[str, ...], int]:
+  """Returns the delimiter of a CSV file, the names of its columns, and how many lines there are up to its header."""
+  numbered = list(itertools.islice(((number, line) for number, line in _lines(file) if line), SAMPLE))
+  lines = [line for _, line in numbered]
   if not lines:
     raise ValueError(f"{file} has no lines ({os.path.getsize(file)} bytes); set --config.data.path=FILE to a file with "
                      "interactions")
@@ -205,17 +237,14 @@ def _csv_head(file: str, data: Any) -> tuple[str, tuple[str, ...], bool]:
   try:
     rows = list(csv.reader(lines, delimiter=delimiter))
   except csv.Error as error:
-    raise ValueError(f"{file}: {error}; is it a CSV file whose lines end in \\n or \\r\\n?") from error
-  if data.header:
-    names, has_header = tuple(data.header.split(",")), False
-  else:
-    names, has_header = _amazon_names(rows), False
-    if not names:
-      names, has_header = tuple(rows[0]), True
+    raise ValueError(f"{file}: {error}; a line ends in \\n or \\r\\n") from error
+  names, skipped = tuple(data.header.split(",")) if data.header else _amazon_names(rows), 0
+  if not names:
+    names, skipped = tuple(rows[0]), numbered[0][0]
   if len(set(names)) < len(names) or "" in names:
     raise ValueError(f"{file}:1: {list(names)} are the names of columns, each once, only in a file with a header; for "
                      "one without set --config.data.header=user,item,rating,time, in the order of its columns")
-  return delimiter, names, has_header
+  return delimiter, names, skipped
 
 
 def _amazon_names(rows: list[list[str]]) -> tuple[str, ...] | None:
@@ -228,15 +257,22 @@ def _amazon_names(rows: list[list[str]]) -> tuple[str, ...] | None:
   return None
 
 
-def _scan_json(files: list[str], data: Any) -> tuple[str, list[str], int]:
-  """As `_scan_csv`; which columns are read is put in where `$columns` stands."""
+def _json_value(name: str) -> str:
+  """Returns SQL for the text of a JSON value; NaN and its like, which JSON does not have, are none."""
+  return (f"CASE WHEN json_type({name}) = 'VARCHAR' THEN {name} ->> '$' WHEN json_type({name}) != 'NULL' AND "
+          f"{name}::VARCHAR NOT IN ('NaN', 'Infinity', '-Infinity') THEN {name}::VARCHAR END")
+
+
+def _scan_json(files: list[str], data: Any) -> tuple[str, list[str]]:
+  """As `_scan_parquet`; which columns are read is put in where `$columns` stands."""
   heads = {}
   for file in files:
     found: dict[str, None] = {}
-    for number, line in itertools.islice(((number, line) for number, line in _lines(file) if line.strip()), SAMPLE):
+    for number, line in itertools.islice(((number, line) for number, line in _lines(file) if line.strip(BLANKS)),
+                                         SAMPLE):
       try:
         row = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         row = None
       if isinstance(row, dict):
         found |= dict.fromkeys(row)
@@ -251,20 +287,20 @@ def _scan_json(files: list[str], data: Any) -> tuple[str, list[str], int]:
   chosen = choose_columns(names, data.columns, files[0])
   _check_same({file: [name for name in chosen.values() if name in head] for file, head in heads.items()})
   return (f"read_json($files, format='newline_delimited', ignore_errors=true, maximum_object_size={LONGEST_LINE}, "
-          "columns={$columns})"), names, 0
+          "hive_partitioning=false, columns={$columns})"), names
 
 
-def _scan_parquet(database: duckdb.DuckDBPyConnection, files: list[str]) -> str:
-  """Returns SQL that reads the files."""
-  heads = {file: [f"{row[0]} {row[1]}" for row in database.execute(
-      "DESCRIBE SELECT * FROM read_parquet($file)", {"file": glob.escape(file)}).fetchall()] for file in files}
+def _scan_parquet(database: duckdb.DuckDBPyConnection, files: list[str]) -> tuple[str, list[str]]:
+  """Returns SQL that reads the files, and the names of their columns."""
+  describe = "DESCRIBE SELECT * FROM read_parquet($file, hive_partitioning=false)"
+  heads = {file: [f"{row[0]} {row[1]}" for row in database.execute(describe, {"file": glob.escape(file)}).fetchall()]
+           for file in files}
   _check_same(heads)
-  return "read_parquet($files)"
-
-
-def _parquet_names(database: duckdb.DuckDBPyConnection, files: list[str]) -> list[str]:
-  return [row[0] for row in database.execute("DESCRIBE SELECT * FROM read_parquet($file)",
-                                             {"file": glob.escape(files[0])}).fetchall()]
+  try:
+    names = pyarrow.parquet.read_schema(files[0]).names  # as they are; DuckDB renames those that come twice
+  except (pyarrow.ArrowException, OSError) as error:
+    raise ValueError(f"cannot read {files[0]}: {first_line(error)}; is the file whole?") from error
+  return "read_parquet($files, hive_partitioning=false)", names
 
 
 def _check_same(heads: dict[str, Any]) -> None:
@@ -279,22 +315,23 @@ def _check_same(heads: dict[str, Any]) -> None:
 def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_bad_row: str) -> None:
   """Refuses lines that DuckDB could not split into columns, or counts them."""
   rejects = database.execute(
-      "SELECT file_path, line, csv_line, error_type, error_message FROM reject_errors JOIN reject_scans USING "
-      "(scan_id, file_id) ORDER BY list_position($files, file_path), line", {"files": files})
-  found = {(file, line): rest for file, line, *rest in rejects.fetchall()}
-  for (file, line), (text, kind, message) in found.items():
+      "SELECT file_path, line_byte_position, csv_line, error_type, error_message FROM reject_errors JOIN reject_scans "
+      "USING (scan_id, file_id) ORDER BY list_position($files, file_path), line_byte_position", {"files": files})
+  found = {(file, place): rest for file, place, *rest in rejects.fetchall()}
+  for (file, place), (text, kind, message) in found.items():
     # after an open quote or an endless line nobody knows where the next row starts: that is never left out
-    swallowed = kind == "LINE SIZE OVER MAXIMUM" or (kind == "UNQUOTED VALUE" and "\n" in text.strip())
+    swallowed = kind == "LINE SIZE OVER MAXIMUM" or (
+        kind == "UNQUOTED VALUE" and ("\n" in text.strip() or _mixes_line_ends(file)))
     if on_bad_row == "error" or swallowed:
-      raise ValueError(f"{file}:{line}: {_short(text)}: {_first_line(message)} ({len(found)} lines are bad); mend the "
-                       "file" + ("" if swallowed else
-                                 ", or leave such rows out with --config.data.on_bad_row=skip"))
+      way_out = "" if swallowed else ", or leave such rows out with --config.data.on_bad_row=skip"
+      raise ValueError(f"{file}:{_count_lines(file, place)}: {_short(text)}: {first_line(message)} ({len(found)} lines "
+                       f"are bad); mend the file{way_out}")
   if found:
     LOG.warning("%d lines of %s are bad and were left out (config.data.on_bad_row=skip)", len(found), ", ".join(files))
   database.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
 
 
-def _locate(files: list[str], kind: str, row: int, first_line: int, delimiter: str | None) -> str:
+def _locate(files: list[str], kind: str, row: int, has_header: bool, delimiter: str, has_quotes: bool) -> str:
   """Returns "file:line: text" of a row, counted over all files from 0; no line before it was left out."""
   for file in files:
     if kind == "parquet":
@@ -303,7 +340,7 @@ def _locate(files: list[str], kind: str, row: int, first_line: int, delimiter: s
         return f"{file}, row {row + 1}"
     else:
       count = 0
-      for number, text in itertools.islice(_records(file, kind, delimiter), first_line, None):
+      for number, text in itertools.islice(_records(file, delimiter, has_quotes), has_header, None):
         if count == row:
           return f"{file}:{number}: {_short(text)}"
         count += 1
@@ -311,23 +348,33 @@ def _locate(files: list[str], kind: str, row: int, first_line: int, delimiter: s
   return files[-1]
 
 
-def _records(file: str, kind: str, delimiter: str | None) -> Iterator[tuple[int, str]]:
-  """Yields number and text of the lines that rows start on; a quoted field may span lines."""
-  lines = ((number, line) for number, line in _lines(file) if line.strip())
-  if kind == "json" or delimiter:
-    yield from lines
+def _records(file: str, delimiter: str, has_quotes: bool) -> Iterator[tuple[int, str]]:
+  """Yields number and text of the lines that rows start on; a quoted value of CSV may span lines."""
+  if not has_quotes:
+    yield from ((number, line) for number, line in _lines(file) if (line if delimiter else line.strip(BLANKS)))
     return
-  for number, line in lines:
-    while line.count('"') % 2:
-      _, more = next(lines, (0, '"'))
-      line += more
-    yield number, line
+  read: list[tuple[int, str]] = []
+
+  def feed() -> Iterator[str]:
+    for number, line in _lines(file):
+      read.append((number, line))
+      yield line + "\n"
+
+  for record in csv.reader(feed(), delimiter=delimiter):
+    first, read[:] = read[0], []
+    if record:
+      yield first
+
+
+def _count_lines(file: str, place: int) -> int:
+  """Returns the number of the line that a byte of a file (unpacked) lies in."""
+  with _open(file) as opened:
+    return 1 + opened.read(place).count(b"\n")
 
 
 def _lines(file: str) -> Iterator[tuple[int, str]]:
   """Yields number and text of the lines of a file; a byte order mark is dropped, bytes that are no text are shown."""
-  opened = gzip.open(file, "rb") if file.lower().endswith(".gz") else open(file, "rb")  # noqa: SIM115
-  with opened:
+  with _open(file) as opened:
     for number in itertools.count(1):
       line = opened.readline(LONGEST_LINE + 1)
       if not line:
@@ -339,12 +386,39 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
       yield number, text.rstrip("\r\n")
 
 
+def _check_quotes(file: str, delimiter: str) -> None:
+  """Raises ValueError for a quote that is never closed: DuckDB would drop what follows, with one thread silently."""
+  end = ["\0end\0"]
+  lines = itertools.chain((line + "\n" for _, line in _lines(file)), end)
+  try:
+    last = collections.deque(csv.reader(lines, delimiter=delimiter), maxlen=1)
+    if last == collections.deque([end]):
+      return
+    *_, (number, text) = _records(file, delimiter, has_quotes=True)
+  except csv.Error as error:
+    raise ValueError(f"{file}: {error}; a line ends in \\n or \\r\\n, and a quote is closed again") from error
+  raise ValueError(f"{file}:{number}: {_short(text)}: a quote that is never closed; mend the file")
+
+
+def _holds(file: str, byte: bytes) -> bool:
+  """Whether a byte occurs in a file."""
+  with _open(file) as opened:
+    return any(byte in piece for piece in iter(lambda: opened.read(1 << 20), b""))
+
+
+def _mixes_line_ends(file: str) -> bool:
+  """Whether some lines end in \\n and some in \\r\\n."""
+  with _open(file) as opened:
+    return len({line.endswith(b"\r\n") for line in opened if line.endswith(b"\n")}) > 1
+
+
+def _open(file: str) -> Any:
+  """Returns a file opened for its bytes, unpacked."""
+  return gzip.open(file, "rb") if file.lower().endswith(".gz") else open(file, "rb")
+
+
 def _short(text: str) -> str:
   return repr(text.strip()[:100])
-
-
-def _first_line(error: Any) -> str:
-  return str(error).split("\n", 1)[0]
 
 
 def _name(name: str) -> str:

@@ -170,7 +170,10 @@ def _skip_bad(tokens: list[list[str]], lines: list[int], path: str,
 def _parse(tokens: list[list[str]], counts: np.ndarray, lines: list[int], path: str) -> np.ndarray:
   """Returns all tokens as (T,) int64 ids from 1; the first of each line is a user."""
   flat = [token for row in tokens for token in row]
+  together = "".join(flat)
   try:
+    if "_" in together or not together.isascii():
+      raise ValueError("Python takes 1_000, and the digits of any script, for numbers")
     values = np.array(flat, dtype=np.int64)  # one call for all; which token is bad is asked only when one is
   except (ValueError, OverflowError) as error:
     line, token = next((line, token) for row, line in zip(tokens, lines, strict=True) for token in row
@@ -189,6 +192,6 @@ def _parse(tokens: list[list[str]], counts: np.ndarray, lines: list[int], path: 
 def _is_int64(token: str) -> bool:
   """Returns whether a token is a whole number of 64 bits."""
   try:
-    return -2**63 <= int(token) < 2**63
+    return -2**63 <= int(token) < 2**63 and token.isascii() and "_" not in token
   except ValueError:
     return False
