@@ -35,6 +35,7 @@ MANY = int(os.environ.get("AWRSR_FUZZ", "0"))
 SPACES, BLANKS = " \t\n\r", " \t\n\r\v\f"  # around ids; around times and lines of JSON
 # what may be wrong with a source as a whole, and not with a row of it
 WHOLE = re.compile("differ only in spaces|mixed time units|lies in the future|has no interactions")
+ANYHOW = "."  # a file whose lines end in several ways
 ODD_IDS = [
     "007", "7", "-0", "0", "1e5", " nan ", "NaN", "NULL", "null", "None", "true", "", " ", "\t", "\\N", "''", '"', '""',
     'a"b', "a,b", "a;b", "a\nb", "a\r\nb", "a\rb", "a\tb", "é", "e\u0301", "\u00a0", "\ufeff", "\u2028", "\x1c",
@@ -165,19 +166,19 @@ def csv_records(content, delimiter, quote='"'):
   Spaces beside a value in quotes are no part of it. Lines end in \\n, \\r\\n or \\r, and empty ones are left out.
 
   Returns:
-    The records, which line ends there are, and whether a quote stays open.
+    The records, which line ends there are, and whether a quote stays open over more than the last line.
   """
   quoted = re.compile(r' *"((?:[^"]|"")*)(" *)?' if quote else "(?!)")
   plain, line_end = re.compile(rf"(?:(?!{re.escape(delimiter)})[^\r\n])*"), re.compile(r"\r\n|\n|\r")
   records, ends, at, end = [], set(), 0, True
   while end:
-    record, is_whole, is_quoted = [], True, False
+    start, record, is_whole, is_quoted = at, [], True, False
     while True:
       match = quoted.match(content, at)
       if match:
         is_quoted = True
         if match[2] is None:
-          return records, ends, True
+          return [*records, None], ends, bool(line_end.search(content[start:].strip("\r\n")))
         record.append(match[1].replace('""', '"'))
         rest = plain.match(content, match.end())
         is_whole, at = is_whole and not rest[0], rest.end()
@@ -253,15 +254,14 @@ def test_damaged_csv_gives_the_rows_that_it_holds_or_is_refused(folder, data, de
   content = data.draw(damaged(csv_files(delimiter, good_times).map(lambda drawn: drawn[1])))
   path = write(folder, "damaged.csv", content)
   rows, ends = csv_rows(content, delimiter)
-  if rows is None:
-    for on_bad_row in ("error", "skip"):
-      found, _ = read(path, None, on_bad_row)
-      assert found is None or ends, "an open quote or another header"
-  else:
-    may_refuse = "blank line" + ("|cannot read|line end" if len(ends) > 1 or "\r" in ends else "")
-    if re.search(rb' "|" ', content):
-      may_refuse += "|which of the columns"  # of a header, spaces beside quotes are a part
-    agree(path, rows, may_refuse=may_refuse)
+  with mock.patch.object(tables, "SAMPLE", sample):  # what is behind the sample only the database sees
+    if rows is None:
+      assert read(path)[0] is None and read(path, None, "skip")[0] is None
+    else:
+      may_refuse = ANYHOW if len(ends) > 1 or "\r" in ends else "blank line"
+      if re.search(rb' "|" ', content):
+        may_refuse += "|which of the columns"  # of a header, spaces beside quotes are a part
+      agree(path, rows, may_refuse=may_refuse)
 
 
 @tries(12)
@@ -275,7 +275,7 @@ def test_a_csv_without_a_header(folder, data):
   if rows is None:
     assert read(path, header=",".join(names))[0] is None
   else:
-    agree(path, rows, may_refuse="cannot read|line end|do not|each once", header=",".join(names))
+    agree(path, rows, may_refuse=ANYHOW if len(ends) > 1 or "\r" in ends else None, header=",".join(names))
 
 
 def json_id(value):
@@ -413,8 +413,7 @@ def test_damaged_movielens_gives_the_rows_that_it_holds_or_is_refused(folder, da
     if rows is None:
       read(path)
     else:
-      may_refuse = "is not MovieLens|has no lines|blank line"
-      agree(path, rows, may_refuse=may_refuse + ("|cannot read|line end" if len(ends) > 1 or "\r" in ends else ""))
+      agree(path, rows, may_refuse=ANYHOW if len(ends) > 1 or "\r" in ends else "is not MovieLens|has no lines|blank")
   finally:
     path.unlink()
 

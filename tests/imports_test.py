@@ -13,7 +13,8 @@ PACKAGE = "awrsr_jax"
 # above it in this list.
 ORDER = (
     "config", "command",
-    "data.log", "data.rules", "data.text", "data.tables", "data.from_tfds", "data.movielens", "data.readers",
+    "data.log", "data.rules", "data.text", "data.lines",
+    "data.tables", "data.from_tfds", "data.movielens", "data.readers",
     "data.synthetic", "data.splits", "data.corpus", "data.statistics", "data.records", "data.prepared", "data.batches",
     "model.dropout", "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden",
     "model.sasrec", "model.stosa", "model.backbones", "model.losses",

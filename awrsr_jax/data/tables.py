@@ -5,23 +5,31 @@ Which columns are user, item, time, rating and title stands in `config.data.colu
 known layout are looked for. Rows keep the order of their file, and files the order of their names.
 """
 
-import collections
 import csv
 import glob
-import gzip
 import itertools
 import json
 import logging
 import os
 import re
-import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import duckdb
 import pyarrow
 import pyarrow.parquet
 
+from awrsr_jax.data.lines import (
+    BLANKS,
+    LONGEST_LINE,
+    check_gzip,
+    check_quotes,
+    count_lines,
+    find_records,
+    holds,
+    mixes_line_ends,
+    read_lines,
+    shorten,
+)
 from awrsr_jax.data.log import Log, first_line, is_about_space
 
 LOG = logging.getLogger(__name__)
@@ -41,9 +49,6 @@ LAYOUTS = {  # who publishes it: the names of user, item, time, rating and title
 AMAZON_USER, AMAZON_ITEM = re.compile("A[0-9A-Z]{9,20}"), re.compile("B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 SAMPLE = 1000  # lines looked at to tell what a file is
 DELIMITERS = ",\t;|"
-BLANKS = " \t\r\n"  # of JSON
-LONGEST_LINE = 1 << 24  # bytes
-csv.field_size_limit(LONGEST_LINE)  # Python's own is 128 KiB
 
 
 def kind_of(path: str) -> str | None:
@@ -191,21 +196,6 @@ def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]
                    "--config.data.columns.user=NAME, .item=NAME and .time=NAME")
 
 
-def check_gzip(path: str) -> None:
-  """Reads a .gz file to its end: its own checksum tells damage that would else read as other rows.
-
-  Raises:
-    ValueError: it is truncated or damaged.
-  """
-  try:
-    with gzip.open(path, "rb") as file:
-      while file.read(1 << 20):
-        pass
-  except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or damaged: {error}; download it again, or "
-                     "set --config.data.path to another file") from error
-
-
 def _scan_csv(files: list[str], data: Any,
               form: tuple[str, tuple[str, ...]] | None) -> tuple[str, list[str], str, bool]:
   """Returns SQL that reads the files, the names of their columns, what stands between, and if names come first."""
@@ -217,9 +207,9 @@ def _scan_csv(files: list[str], data: Any,
     delimiter, names, skipped = heads[files[0]]
   columns = ", ".join(f"{_text(name)}: 'VARCHAR'" for name in names)
   quote = "''" if form else "'\"'"
-  quoting = [] if form else [file for file in files if _holds(file, b'"')]
+  quoting = [] if form else [file for file in files if holds(file, b'"')]
   for file in quoting:
-    _check_quotes(file, delimiter)
+    check_quotes(file, delimiter)
   return (f"read_csv($files, auto_detect=false, header=false, skip={skipped}, delim={_text(delimiter)}, quote={quote}, "
           f"escape={quote}, strict_mode=true, store_rejects=true, rejects_limit=0, max_line_size={LONGEST_LINE}, "
           f"parallel={not quoting}, "  # several threads start amid a file, where none knows whether a quote is open
@@ -228,7 +218,7 @@ def _scan_csv(files: list[str], data: Any,
 
 def _csv_head(file: str, data: Any) -> tuple[str, tuple[str, ...], int]:
   """Returns the delimiter of a CSV file, the names of its columns, and how many lines there are up to its header."""
-  numbered = list(itertools.islice(((number, line) for number, line in _lines(file) if line), SAMPLE))
+  numbered = list(itertools.islice(((number, line) for number, line in read_lines(file) if line), SAMPLE))
   lines = [line for _, line in numbered]
   if not lines:
     raise ValueError(f"{file} has no lines ({os.path.getsize(file)} bytes); set --config.data.path=FILE to a file with "
@@ -268,7 +258,7 @@ def _scan_json(files: list[str], data: Any) -> tuple[str, list[str]]:
   heads = {}
   for file in files:
     found: dict[str, None] = {}
-    for number, line in itertools.islice(((number, line) for number, line in _lines(file) if line.strip(BLANKS)),
+    for number, line in itertools.islice(((number, line) for number, line in read_lines(file) if line.strip(BLANKS)),
                                          SAMPLE):
       try:
         row = json.loads(line)
@@ -277,7 +267,7 @@ def _scan_json(files: list[str], data: Any) -> tuple[str, list[str]]:
       if isinstance(row, dict):
         found |= dict.fromkeys(row)
       elif data.on_bad_row == "error":
-        raise ValueError(f"{file}:{number}: {_short(line)} is not a JSON object; JSON lines hold one a line. Mend the "
+        raise ValueError(f"{file}:{number}: {shorten(line)} is not a JSON object; JSON lines hold one a line. Mend the "
                          "file, or leave such rows out with --config.data.on_bad_row=skip")
     if not found:
       raise ValueError(f"{file} has no lines with a JSON object ({os.path.getsize(file)} bytes); set "
@@ -321,10 +311,10 @@ def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_ba
   for (file, place), (text, kind, message) in found.items():
     # after an open quote or an endless line nobody knows where the next row starts: that is never left out
     swallowed = kind == "LINE SIZE OVER MAXIMUM" or (
-        kind == "UNQUOTED VALUE" and ("\n" in text.strip() or _mixes_line_ends(file)))
+        kind == "UNQUOTED VALUE" and ("\n" in text.strip() or mixes_line_ends(file)))
     if on_bad_row == "error" or swallowed:
       way_out = "" if swallowed else ", or leave such rows out with --config.data.on_bad_row=skip"
-      raise ValueError(f"{file}:{_count_lines(file, place)}: {_short(text)}: {first_line(message)} ({len(found)} lines "
+      raise ValueError(f"{file}:{count_lines(file, place)}: {shorten(text)}: {first_line(message)} ({len(found)} lines "
                        f"are bad); mend the file{way_out}")
   if found:
     LOG.warning("%d lines of %s are bad and were left out (config.data.on_bad_row=skip)", len(found), ", ".join(files))
@@ -340,85 +330,12 @@ def _locate(files: list[str], kind: str, row: int, has_header: bool, delimiter: 
         return f"{file}, row {row + 1}"
     else:
       count = 0
-      for number, text in itertools.islice(_records(file, delimiter, has_quotes), has_header, None):
+      for number, text in itertools.islice(find_records(file, delimiter, has_quotes), has_header, None):
         if count == row:
-          return f"{file}:{number}: {_short(text)}"
+          return f"{file}:{number}: {shorten(text)}"
         count += 1
     row -= count
   return files[-1]
-
-
-def _records(file: str, delimiter: str, has_quotes: bool) -> Iterator[tuple[int, str]]:
-  """Yields number and text of the lines that rows start on; a quoted value of CSV may span lines."""
-  if not has_quotes:
-    yield from ((number, line) for number, line in _lines(file) if (line if delimiter else line.strip(BLANKS)))
-    return
-  read: list[tuple[int, str]] = []
-
-  def feed() -> Iterator[str]:
-    for number, line in _lines(file):
-      read.append((number, line))
-      yield line + "\n"
-
-  for record in csv.reader(feed(), delimiter=delimiter):
-    first, read[:] = read[0], []
-    if record:
-      yield first
-
-
-def _count_lines(file: str, place: int) -> int:
-  """Returns the number of the line that a byte of a file (unpacked) lies in."""
-  with _open(file) as opened:
-    return 1 + opened.read(place).count(b"\n")
-
-
-def _lines(file: str) -> Iterator[tuple[int, str]]:
-  """Yields number and text of the lines of a file; a byte order mark is dropped, bytes that are no text are shown."""
-  with _open(file) as opened:
-    for number in itertools.count(1):
-      line = opened.readline(LONGEST_LINE + 1)
-      if not line:
-        return
-      if len(line) > LONGEST_LINE:
-        raise ValueError(f"{file}:{number}: {_short(line[:100].decode(errors='replace'))}: a line of more than "
-                         f"{LONGEST_LINE} bytes; is this the right file?")
-      text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="backslashreplace")
-      yield number, text.rstrip("\r\n")
-
-
-def _check_quotes(file: str, delimiter: str) -> None:
-  """Raises ValueError for a quote that is never closed: DuckDB would drop what follows, with one thread silently."""
-  end = ["\0end\0"]
-  lines = itertools.chain((line + "\n" for _, line in _lines(file)), end)
-  try:
-    last = collections.deque(csv.reader(lines, delimiter=delimiter), maxlen=1)
-    if last == collections.deque([end]):
-      return
-    *_, (number, text) = _records(file, delimiter, has_quotes=True)
-  except csv.Error as error:
-    raise ValueError(f"{file}: {error}; a line ends in \\n or \\r\\n, and a quote is closed again") from error
-  raise ValueError(f"{file}:{number}: {_short(text)}: a quote that is never closed; mend the file")
-
-
-def _holds(file: str, byte: bytes) -> bool:
-  """Whether a byte occurs in a file."""
-  with _open(file) as opened:
-    return any(byte in piece for piece in iter(lambda: opened.read(1 << 20), b""))
-
-
-def _mixes_line_ends(file: str) -> bool:
-  """Whether some lines end in \\n and some in \\r\\n."""
-  with _open(file) as opened:
-    return len({line.endswith(b"\r\n") for line in opened if line.endswith(b"\n")}) > 1
-
-
-def _open(file: str) -> Any:
-  """Returns a file opened for its bytes, unpacked."""
-  return gzip.open(file, "rb") if file.lower().endswith(".gz") else open(file, "rb")
-
-
-def _short(text: str) -> str:
-  return repr(text.strip()[:100])
 
 
 def _name(name: str) -> str:
