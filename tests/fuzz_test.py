@@ -35,7 +35,7 @@ MANY = int(os.environ.get("AWRSR_FUZZ", "0"))
 SPACES, BLANKS = " \t\n\r", " \t\n\r\v\f"  # around ids; around times and lines of JSON
 # what may be wrong with a source as a whole, and not with a row of it
 WHOLE = re.compile("differ only in spaces|mixed time units|lies in the future|has no interactions")
-ANYHOW = "."  # a file whose lines end in several ways
+ANYHOW = "."  # a file of which nobody knows where its lines end
 ODD_IDS = [
     "007", "7", "-0", "0", "1e5", " nan ", "NaN", "NULL", "null", "None", "true", "", " ", "\t", "\\N", "''", '"', '""',
     'a"b', "a,b", "a;b", "a\nb", "a\r\nb", "a\rb", "a\tb", "é", "e\u0301", "\u00a0", "\ufeff", "\u2028", "\x1c",
@@ -191,6 +191,8 @@ def csv_records(content, delimiter, quote='"'):
       at += len(delimiter)
     if record != [""] or is_quoted:
       records.append(record if is_whole else None)
+    if not is_whole and line_end.search(content, start, at):
+      ends.add("amid a record that is none")
     end = line_end.match(content, at)
     if end:
       ends.add(end[0])
@@ -680,6 +682,17 @@ def test_a_large_file_of_texts_with_lines_like_rows_holds_no_other_rows(tmp_path
     found, told = read(tmp_path / "a.csv", None, on_bad_row)
     assert told == 0 and found == [("1", "1", row) for row in range(120_000)]
   os.remove(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("row", [b' "v,j,2', b'v, "j,2', b'"v" "x,j,2'])
+def test_what_follows_an_open_quote_behind_a_space_is_not_lost(tmp_path, row):
+  path = write(tmp_path, "a.csv", HEAD + b"u,i,1\n" + row + b"\nw,k,3\nx,l,4\n")
+  assert read(path)[0] is None and read(path, None, "skip")[0] is None
+
+
+def test_a_value_in_quotes_behind_a_space_may_span_lines(tmp_path):
+  path = write(tmp_path, "a.csv", HEAD + b'u,i,1\n "v\n",j,2\nw,k,3\n')
+  assert read(path) == ([("u", "i", 1), ("v\n", "j", 2), ("w", "k", 3)], 0)
 
 
 def test_a_long_text_beside_the_ids_is_read(tmp_path):

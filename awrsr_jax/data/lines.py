@@ -4,7 +4,6 @@ Tables are split into rows by DuckDB; this is for their first lines, for the pla
 would pass over in silence.
 """
 
-import collections
 import csv
 import gzip
 import itertools
@@ -59,7 +58,7 @@ def find_records(file: str, delimiter: str, has_quotes: bool) -> Iterator[tuple[
       read.append((number, line))
       yield line + "\n"
 
-  for record in csv.reader(feed(), delimiter=delimiter):
+  for record in csv.reader(feed(), delimiter=delimiter, skipinitialspace=True):
     first, read[:] = read[0], []
     if record:
       yield first
@@ -74,14 +73,20 @@ def count_lines(file: str, place: int) -> int:
   return lines
 
 
-def check_quotes(file: str, delimiter: str) -> None:
-  """Raises ValueError for a quote that is never closed: DuckDB would drop what follows, with one thread silently."""
+def count_records(file: str, delimiter: str) -> int:
+  """Returns how many rows a CSV file with quotes has, its header among them.
+
+  Raises:
+    ValueError: a quote is never closed: DuckDB would drop what follows, with one thread silently.
+  """
   end = ["\0end\0"]
   lines = itertools.chain((line + "\n" for _, line in read_lines(file)), end)
+  count, record = -1, None
   try:
-    last = collections.deque(csv.reader(lines, delimiter=delimiter), maxlen=1)
-    if last == collections.deque([end]):
-      return
+    for record in csv.reader(lines, delimiter=delimiter, skipinitialspace=True):
+      count += bool(record)
+    if record == end:
+      return count
     *_, (number, text) = find_records(file, delimiter, has_quotes=True)
   except csv.Error as error:
     raise ValueError(f"{file}: {error}; a line ends in \\n or \\r\\n, and a quote is closed again") from error

@@ -22,8 +22,8 @@ from awrsr_jax.data.lines import (
     BLANKS,
     LONGEST_LINE,
     check_gzip,
-    check_quotes,
     count_lines,
+    count_records,
     find_records,
     holds,
     mixes_line_ends,
@@ -126,9 +126,15 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
     if is_about_space(error):
       raise  # nothing is wrong with the files
     raise ValueError(f"cannot read {path}: {first_line(error)}; is the file whole, and utf-8 text?") from error
-  if kind == "csv":
-    _settle_rejects(database, files, data.on_bad_row)
   has_quotes = kind == "csv" and not form
+  if kind == "csv":
+    rejected = _settle_rejects(database, files, data.on_bad_row)
+    if has_quotes and any(holds(file, b'"') for file in files):
+      expected = sum(count_records(file, delimiter) - has_header for file in files)
+      found = database.execute("SELECT count(*) FROM raw").fetchone()[0] + rejected
+      if found != expected:
+        raise ValueError(f"{path}: {found} rows are found by one reader and {expected} by another; quotes stand where "
+                         "none should: mend the file, or write it anew with all values in quotes")
   return Log(database, path, {}, lambda row: _locate(files, kind, row, has_header, delimiter, has_quotes))
 
 
@@ -207,9 +213,7 @@ def _scan_csv(files: list[str], data: Any,
     delimiter, names, skipped = heads[files[0]]
   columns = ", ".join(f"{_text(name)}: 'VARCHAR'" for name in names)
   quote = "''" if form else "'\"'"
-  quoting = [] if form else [file for file in files if holds(file, b'"')]
-  for file in quoting:
-    check_quotes(file, delimiter)
+  quoting = not form and any(holds(file, b'"') for file in files)
   return (f"read_csv($files, auto_detect=false, header=false, skip={skipped}, delim={_text(delimiter)}, quote={quote}, "
           f"escape={quote}, strict_mode=true, store_rejects=true, rejects_limit=0, max_line_size={LONGEST_LINE}, "
           f"parallel={not quoting}, "  # several threads start amid a file, where none knows whether a quote is open
@@ -302,8 +306,8 @@ def _check_same(heads: dict[str, Any]) -> None:
                        "them apart, or bring them to one form")
 
 
-def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_bad_row: str) -> None:
-  """Refuses lines that DuckDB could not split into columns, or counts them."""
+def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_bad_row: str) -> int:
+  """Refuses lines that DuckDB could not split into columns, or returns how many there are."""
   rejects = database.execute(
       "SELECT file_path, line_byte_position, csv_line, error_type, error_message FROM reject_errors JOIN reject_scans "
       "USING (scan_id, file_id) ORDER BY list_position($files, file_path), line_byte_position", {"files": files})
@@ -319,6 +323,7 @@ def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_ba
   if found:
     LOG.warning("%d lines of %s are bad and were left out (config.data.on_bad_row=skip)", len(found), ", ".join(files))
   database.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
+  return len(found)
 
 
 def _locate(files: list[str], kind: str, row: int, has_header: bool, delimiter: str, has_quotes: bool) -> str:
