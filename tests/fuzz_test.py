@@ -178,6 +178,7 @@ def csv_records(content, delimiter, quote='"'):
       if match:
         is_quoted = True
         if match[2] is None:
+          ends.add("amid a record that is none")
           return [*records, None], ends, bool(line_end.search(content[start:].strip("\r\n")))
         record.append(match[1].replace('""', '"'))
         rest = plain.match(content, match.end())
@@ -191,7 +192,7 @@ def csv_records(content, delimiter, quote='"'):
       at += len(delimiter)
     if record != [""] or is_quoted:
       records.append(record if is_whole else None)
-    if not is_whole and line_end.search(content, start, at):
+    if not is_whole and (line_end.search(content, start, at) or "\r" in content):
       ends.add("amid a record that is none")
     end = line_end.match(content, at)
     if end:
