@@ -160,6 +160,7 @@ def default() -> ml_collections.ConfigDict:
   config.eval.every_epochs = 1
   config.eval.batch_size = 256  # users
   config.eval.block_items = 65_536  # items scored at a time: bounds memory, changes no rank
+  config.eval.keep_ranks = True  # ranks.parquet: the rank of every test target, with raw ids, for compare and analyze
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 1000  # and after every evaluation
@@ -294,6 +295,32 @@ def parse_moment(text: str, key: str) -> tuple[str, float]:
       return "date", (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
   raise ValueError(f"{key}={text!r} is no share of the rows (90%), no number in the unit of the data's times and no "
                    "date (2024-01-31, or 2024-01-31T12:00)")
+
+
+def restore(values: dict[str, Any], where: str) -> ml_collections.FrozenConfigDict:
+  """Returns the finalized config of a finished or running run, from what it stored.
+
+  A key that was added since has its default here: a default always means what was done before there was the key.
+
+  Args:
+    values: nested, as in config.json.
+    where: they stood, for messages.
+
+  Raises:
+    ValueError: they are no config of this version.
+  """
+  config = default()
+  known = dict(walk(config))
+  given = dict(walk(values))
+  unknown = sorted(given.keys() - known.keys())
+  if unknown:
+    raise ValueError(f"{where} was written by another version of awrsr_jax: this one has no config keys {unknown}; use "
+                     "the version that made it")
+  try:
+    config.update_from_flattened_dict(given)
+    return finalize(config)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{where} holds a config that this version of awrsr_jax does not take: {error}") from error
 
 
 def walk(config: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -87,16 +87,25 @@ def test_all_leaves_and_the_record_come_back_bit_equal(workdir):
   assert record["schema"] == checkpoint.SCHEMA
 
 
-def test_ids_come_back(workdir):
-  with checkpoint.open_checkpoints(workdir) as manager:
-    ids = manager.restore(6, args=checkpoint.ocp.args.Composite(ids=checkpoint.ocp.args.StandardRestore()))["ids"]
-  assert {name: checkpoint.decode_texts(texts) for name, texts in ids.items()} == {
-      "items": ["i1", "é", ""], "titles": ["", "title", ""]}
+def test_ids_come_back_as_they_were(workdir):
+  with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
+    record = checkpoint.read_record(manager, 6)
+    ids, titles = checkpoint.restore_ids(manager, 6, record)
+  assert (ids.tolist(), titles) == (["i1", "é", ""], ["", "title", ""])
+
+
+def test_ids_that_were_numbers_are_numbers(tmp_path):
+  state, ids = make_state(3), {name: checkpoint.encode_texts(["7", "-12"]) for name in ("items", "titles")}
+  with checkpoint.open_checkpoints(tmp_path) as manager:
+    checkpoint.save(manager, state, {"step": 3, "best_step": 0, "ids_are_numbers": True}, ids)
+  with checkpoint.open_checkpoints(tmp_path, read_only=True) as manager:
+    found, _ = checkpoint.restore_ids(manager, 3, checkpoint.read_record(manager, 3))
+  assert found.dtype == np.int64 and found.tolist() == [7, -12]
 
 
 def test_changed_ids_are_an_error(workdir, monkeypatch):
   with checkpoint.open_checkpoints(workdir) as manager:
-    assert checkpoint.restore_ids(manager, 6) == (["i1", "é", ""], ["", "title", ""])
+    record = checkpoint.read_record(manager, 6)
     genuine = manager.restore
 
     def with_a_flipped_bit(step, args):  # Orbax itself restores it silently
@@ -106,8 +115,27 @@ def test_changed_ids_are_an_error(workdir, monkeypatch):
       return {**restored, "ids": {**restored["ids"], "items": {**restored["ids"]["items"], "bytes": flipped}}}
 
     monkeypatch.setattr(manager, "restore", with_a_flipped_bit)
-    with pytest.raises(ValueError, match="item ids of checkpoint 6 .* are damaged"):
-      checkpoint.restore_ids(manager, 6)
+    with pytest.raises(ValueError, match="item ids are damaged"):
+      checkpoint.restore_ids(manager, 6, record)
+
+
+def test_parameters_come_back_without_the_rest_of_the_state(workdir):
+  template = template_of(make_state(0)).params
+  with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
+    record = checkpoint.read_record(manager, 6)
+    params = checkpoint.restore_params(manager, 6, template, record)
+    assert_bit_equal(params, make_state(6).params)
+    record["checksums"] = {name: value + 1 for name, value in record["checksums"].items()}
+    with pytest.raises(ValueError, match="checksums differ: params/"):
+      checkpoint.restore_params(manager, 6, template, record)
+
+
+def test_reading_leaves_an_unfinished_save_alone(workdir):
+  unfinished = workdir / "checkpoints" / "9.orbax-checkpoint-tmp-1"
+  unfinished.mkdir()
+  with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
+    assert sorted(manager.all_steps()) == [3, 6]
+  assert unfinished.exists()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(),

@@ -20,7 +20,10 @@ ORDER = (
     "model.sasrec", "model.stosa", "model.backbones", "model.losses",
     "engine.processes", "engine.mesh", "engine.feed", "engine.state", "engine.objective", "engine.step",
     "engine.ranking", "engine.compiling", "engine.memory", "engine.run_folder", "engine.checkpoint", "engine.train",
-    "main", "prepare", "describe", "baselines",
+    "inference.top", "inference.trained", "inference.explain", "inference.histories", "inference.files",
+    "inference.standalone", "inference.artefact",
+    "analysis.runs", "analysis.significance", "analysis.figures", "analysis.maps", "analysis.report",
+    "main", "prepare", "describe", "baselines", "recommend", "export", "analyze", "compare",
     "bench.contenders", "bench.measures", "bench.__main__",
 )
 FILES = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path

@@ -45,9 +45,13 @@ class NewestAndBest(preservation_policy.PreservationPolicy):
 
 
 @contextlib.contextmanager
-def open_checkpoints(workdir: str | os.PathLike[str]) -> Iterator[ocp.CheckpointManager]:
-  """Opens the checkpoints of a run folder, which may be gs://...; leftovers of an interrupted save are removed."""
+def open_checkpoints(workdir: str | os.PathLike[str], read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
+  """Opens the checkpoints of a run folder, which may be gs://...; leftovers of an interrupted save are removed.
+
+  With `read_only` nothing is removed or written: the run may be going on.
+  """
   options = ocp.CheckpointManagerOptions(
+      read_only=True, create=False, save_interval_steps=0) if read_only else ocp.CheckpointManagerOptions(
       preservation_policy=NewestAndBest(),
       best_fn=lambda metrics: metrics["best_step"],  # without it Orbax writes no metrics at all
       cleanup_tmp_directories=True,
@@ -137,38 +141,86 @@ def restore_step(manager: ocp.CheckpointManager, step: int, template: TrainState
   Raises:
     ValueError: it does not fit the template, or is damaged, as any of the processes sees it.
   """
-  with processes.together():
-    try:
-      restored = manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()))
-    except Exception as error:  # Orbax raises bare Exception for damaged files
-      if is_of_machine(error):
-        raise
-      raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-  state, record = restored["state"], restored["record"]["content"]
-  if hash_json(record) != restored["record"]["sha256"]:
-    raise ValueError("its record was changed after saving")
-  if record["schema"] != SCHEMA:
-    raise ValueError(f"its schema is {record['schema']}, this version reads {SCHEMA}")
-  found = name_checksums(state)
-  broken = [name for name in record["checksums"] | found if record["checksums"].get(name) != found.get(name)]
-  if broken:
-    raise ValueError(f"checksums differ: {', '.join(broken)}")
+  with processes.together(), reading():
+    restored = manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()))
+  state, record = restored["state"], check_record(restored["record"])
+  check_arrays(state, record["checksums"])
   return state, record
 
 
-def restore_ids(manager: ocp.CheckpointManager, step: int) -> tuple[list[str], list[str]]:
-  """Returns the raw ids and the titles ("" where unknown) of items 1 to I, from one bundle alone.
+def restore_params(manager: ocp.CheckpointManager, step: int, template: Any, record: dict[str, Any]) -> Any:
+  """Restores the parameters of one bundle and nothing else of its state, checked as by restore_step.
+
+  Args:
+    manager: from open_checkpoints, with `read_only`.
+    step: of the bundle.
+    template: the parameters as ShapeDtypeStructs with the shardings wanted here.
+    record: of the bundle.
+
+  Raises:
+    ValueError: they do not fit the template, or are damaged.
+  """
+  wanted = {"params": template}
+  with reading():
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)))["state"]
+  check_arrays(state, {name: value for name, value in record["checksums"].items() if name.startswith("params/")})
+  return state["params"]
+
+
+def check_arrays(tree: Any, checksums: dict[str, int]) -> None:
+  """Raises ValueError, with names, when arrays of a tree are not those whose checksums were saved."""
+  found = name_checksums(tree)
+  broken = [name for name in checksums | found if checksums.get(name) != found.get(name)]
+  if broken:
+    raise ValueError(f"checksums differ: {', '.join(broken)}")
+
+
+def read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """Returns the record of one bundle.
+
+  Raises:
+    ValueError: it is damaged, or of another schema.
+  """
+  with reading():
+    restored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+  return check_record(restored["record"])
+
+
+def check_record(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns the record inside of what is stored of it; raises ValueError when it is not what was saved."""
+  record = stored["content"]
+  if hash_json(record) != stored["sha256"]:
+    raise ValueError("its record was changed after saving")
+  if record["schema"] != SCHEMA:
+    raise ValueError(f"its schema is {record['schema']}, this version reads {SCHEMA}")
+  return record
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+  """Turns what Orbax raises for damaged files, bare Exceptions, into ValueError; not what tells of the machine."""
+  try:
+    yield
+  except Exception as error:
+    if is_of_machine(error):
+      raise
+    raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def restore_ids(manager: ocp.CheckpointManager, step: int, record: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
+  """Returns the raw ids (int64, or text) and the titles ("" where unknown) of items 1 to I, from one bundle alone.
 
   Raises:
     ValueError: they are damaged.
   """
-  restored = manager.restore(
-      step, args=ocp.args.Composite(ids=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()))
-  ids = restored["ids"]
-  if hash_arrays(ids) != restored["record"]["content"]["ids_sha256"]:
-    raise ValueError(f"the item ids of checkpoint {step} in {manager.directory} are damaged; use another checkpoint")
-  return decode_texts(ids["items"]), decode_texts(ids["titles"])
+  with reading():
+    ids = manager.restore(step, args=ocp.args.Composite(ids=ocp.args.StandardRestore()))["ids"]
+  if hash_arrays(ids) != record["ids_sha256"]:
+    raise ValueError("its item ids are damaged")
+  items = decode_texts(ids["items"])
+  return np.array(items, np.int64 if record.get("ids_are_numbers") else object), decode_texts(ids["titles"])
 
 
 def is_of_machine(error: Exception) -> bool:

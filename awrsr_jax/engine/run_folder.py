@@ -2,7 +2,8 @@
 
   config.json    the resolved config            metrics.jsonl  one JSON object a line
   corpus.json    counts and fingerprint         tensorboard/   the same numbers ("@" is "_" there)
-  checkpoints/   see engine/checkpoint.py       result.json    written last, whole or not at all
+  checkpoints/   see engine/checkpoint.py       ranks.parquet  the rank of every test target (config.eval.keep_ranks)
+  result.json    written last, whole or not at all
 
 Process 0 of a run writes them. A folder may be gs://bucket/...: there a file is one object, always replaced whole, so
 metrics.jsonl is as new as the newest checkpoint; there are no locks and no TensorBoard files.
@@ -17,11 +18,15 @@ import sys
 import time
 from typing import Any, TextIO
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import tensorboardX
 import tqdm
 from etils import epath
 
 from awrsr_jax.config import walk
+from awrsr_jax.data.batches import RankingBatches, history_lengths
 
 LOG = logging.getLogger(__name__)
 # Keys that a resumed run may have changed, and why that is safe.
@@ -32,6 +37,7 @@ FREE_KEYS = {
     "mesh.data", "mesh.model",  # the global batch does not depend on the devices
     "model.remat",  # the same values, made twice
     "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
+    "eval.keep_ranks",  # a file more or less
 }
 
 
@@ -41,13 +47,18 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
   """Writes a file whole or not at all; an object of a bucket always is."""
   if is_remote(path):
-    path.write_text(text)
+    path.write_bytes(content)
     return
   temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w") as file:
-    file.write(text)
+  with temporary.open("wb") as file:
+    file.write(content)
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
@@ -122,6 +133,43 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise ValueError(f"{path} cannot be read ({error}); restore it, or start in another --workdir") from error
+
+
+def write_ranks(path: epath.Path, batches: RankingBatches, ranks: np.ndarray) -> None:
+  """Writes the rank of every target of a split as a parquet file, whole or not at all.
+
+  A row is a target, ordered by user and time: `user`, `item` (raw ids), `rank` (float32, from 1), `history` (how many
+  items came before it) and `trained` (how often the item was trained on).
+
+  Args:
+    path: of the file.
+    batches: of the split.
+    ranks: (C,), see ranking.rank_users.
+  """
+  corpus, order = batches.corpus, np.argsort(batches.targets)
+  targets = batches.targets[order]
+  items = np.asarray(corpus.items[targets])
+  table = pyarrow.table({
+      "user": corpus.user_ids[batches.users[order]].tolist(), "item": corpus.item_ids[items].tolist(),
+      "rank": ranks[order].astype(np.float32), "history": history_lengths(corpus, targets).astype(np.int32),
+      "trained": corpus.counts[items]})
+  buffer = io.BytesIO()
+  pyarrow.parquet.write_table(table, buffer, compression="zstd")
+  write_bytes(path, buffer.getvalue())
+
+
+def read_ranks(path: epath.Path) -> dict[str, np.ndarray]:
+  """Returns the columns of ranks.parquet as arrays; ids are int64 or objects.
+
+  Raises:
+    ValueError: it is missing or damaged.
+  """
+  try:
+    table = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()))
+    return {name: table.column(name).to_numpy() for name in ("user", "item", "rank", "history", "trained")}
+  except (OSError, KeyError, pyarrow.ArrowException) as error:
+    raise ValueError(f"{path} cannot be read ({error}); a run writes it when it is complete and config.eval.keep_ranks "
+                     "is set: train again in another --workdir") from error
 
 
 def nest(values: dict[str, Any]) -> dict[str, Any]:

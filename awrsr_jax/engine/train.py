@@ -134,7 +134,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
         state, record = start_or_resume(job, manager)
         state, record = run_steps(job, workdir, manager, state, record, began, compiled, told_to_stop)
         record |= {"seconds": record["seconds"] + time.monotonic() - began}
-        result = conclude(job, manager, state, record, told_to_stop)
+        result = conclude(job, workdir, manager, state, record, told_to_stop)
         result |= {"compiled": dataclasses.asdict(compiled)}  # in this start
       if processes.is_first():
         run_folder.write_json(result_path, result)
@@ -184,7 +184,8 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
   """
   config, step, seconds = job.config, record["step"], record["seconds"]
   first = step
-  constants = {"config": config.to_dict(), "corpus": data_corpus.describe(job.corpus)}
+  constants = {"config": config.to_dict(), "corpus": data_corpus.describe(job.corpus),
+               "ids_are_numbers": job.corpus.item_ids.dtype.kind == "i"}
   ids = encode_items(job.corpus)
   writer = run_folder.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else run_folder.NoWriter()
   line = Line(job, writer)
@@ -287,14 +288,14 @@ def is_over(config: Any, record: dict[str, Any]) -> bool:
 
 def encode_items(corpus: data_corpus.Corpus) -> dict[str, Any]:
   """Returns the raw ids and titles of the items as arrays, for the checkpoint."""
-  numbers = range(1, corpus.num_items + 1)
-  return {"items": checkpoint.encode_texts([str(corpus.item_ids[number]) for number in numbers]),
-          "titles": checkpoint.encode_texts([corpus.titles.get(number, "") for number in numbers])}
+  titles = [corpus.titles.get(number, "") for number in range(1, corpus.num_items + 1)]
+  return {"items": checkpoint.encode_texts(list(map(str, corpus.item_ids[1:].tolist()))),
+          "titles": checkpoint.encode_texts(titles)}
 
 
-def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any],
-             told_to_stop: Callable[[], bool]) -> dict[str, Any]:
-  """Evaluates the best checkpoint on validation and, this once, on test; the state is given up.
+def conclude(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointManager, state: TrainState,
+             record: dict[str, Any], told_to_stop: Callable[[], bool]) -> dict[str, Any]:
+  """Evaluates the best checkpoint on validation and, this once, on test; writes ranks; the state is given up.
 
   Returns:
     The content of result.json.
@@ -308,9 +309,11 @@ def conclude(job: Job, manager: ocp.CheckpointManager, state: TrainState, record
     raise ValueError(
         f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be "
         f"read: {error}. Bring that folder back, or train again in another --workdir") from error
-  splits = {split: ranking.summarize(ranking.rank_users(
-      job.rank_step, best.params, batches, job.mesh, told_to_stop, job.items))
-            for split, batches in job.ranking.items()}
+  ranks = {split: ranking.rank_users(job.rank_step, best.params, batches, job.mesh, told_to_stop, job.items)
+           for split, batches in job.ranking.items()}
+  if job.config.eval.keep_ranks and processes.is_first():
+    run_folder.write_ranks(epath.Path(workdir) / "ranks.parquet", job.ranking["test"], ranks["test"])
+  splits = {split: ranking.summarize(found) for split, found in ranks.items()}
   result = {
       **{split: splits[split] for split in ("test", "valid")},
       "protocol": ranking.describe_protocol(job.config.eval.protocol, job.corpus.split.words),

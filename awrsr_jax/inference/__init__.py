@@ -1,0 +1,1 @@
+"""From a checkpoint to recommendations, explanations and an artefact that runs without this package."""
