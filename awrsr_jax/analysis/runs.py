@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from awrsr_jax.config import walk
+from awrsr_jax.config import default, walk
 from awrsr_jax.engine.run_folder import FREE_KEYS, read_json, read_ranks
 
 # Keys that runs of one group may differ in: they change no figure, but for the seed, which is what a group is over.
@@ -23,7 +23,7 @@ class Run:
 
   Attributes:
     folder: the path that it was read from.
-    config: dotted key -> value.
+    config: dotted key -> value; a key that the run did not know has its default, which means what was done before.
     corpus: see corpus.describe.
     metrics: the lines of metrics.jsonl.
     result: see train.conclude.
@@ -61,14 +61,19 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
     raise ValueError(f"{workdir} is no run folder: it has no config.json; give a --workdir of python -m awrsr_jax.main")
   if not (folder / "result.json").exists():
     raise ValueError(f"{workdir}: the run is not complete, it has no result.json; start its command again to go on")
+  try:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{folder / 'metrics.jsonl'} cannot be read ({error}); restore it, or train again in another "
+                     "--workdir") from error
   metrics = []
-  for number, line in enumerate((folder / "metrics.jsonl").read_text().splitlines(), start=1):
+  for number, line in enumerate(lines, start=1):
     try:
       metrics.append(json.loads(line))
     except ValueError as error:
       raise ValueError(f"{folder / 'metrics.jsonl'}:{number} is damaged ({error}); take the line out") from error
-  return Run(str(workdir), dict(walk(read_json(folder / "config.json"))), read_json(folder / "corpus.json"), metrics,
-             read_json(folder / "result.json"))
+  config = dict(walk(default())) | dict(walk(read_json(folder / "config.json")))
+  return Run(str(workdir), config, read_json(folder / "corpus.json"), metrics, read_json(folder / "result.json"))
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -86,11 +91,12 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     key = json.dumps({key: value for key, value in run.config.items() if key not in SHARED}, sort_keys=True)
     for other in groups.setdefault(key, []):
       if other.seed == run.seed:
-        raise ValueError(f"{other.folder} and {run.folder} have the same config and the same seed {run.seed}; leave one "
-                         "out, or train it with another --config.seed")
+        raise ValueError(f"{other.folder} and {run.folder} have the same config and the same seed {run.seed}; leave "
+                         "one out, or train it with another --config.seed")
     groups[key].append(run)
   first = [members[0].config for members in groups.values()]
-  telling = [key for key in first[0] if key not in SHARED and len({json.dumps(config.get(key)) for config in first}) > 1]
+  differs = lambda key: len({json.dumps(config.get(key)) for config in first}) > 1  # noqa: E731
+  telling = [key for key in sorted({key for config in first for key in config} - SHARED) if differs(key)]
   leaf = lambda key: key.rpartition(".")[2]  # noqa: E731
   is_clear = len({leaf(key) for key in telling}) == len(telling)
   name = lambda config: ", ".join(f"{leaf(key) if is_clear else key}={config.get(key)}" for key in telling)  # noqa: E731

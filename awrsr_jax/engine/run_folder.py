@@ -69,8 +69,8 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def lock_folder(folder: epath.Path) -> TextIO:
-  """Makes a folder and takes it for this run, until the file returned is closed or the process ends however it ends.
+def lock_folder(folder: epath.Path, flag: str = "--workdir") -> TextIO:
+  """Makes a folder and takes it for this job, until the file returned is closed or the process ends however it ends.
 
   A bucket has no locks: there nothing is taken.
 
@@ -81,14 +81,14 @@ def lock_folder(folder: epath.Path) -> TextIO:
     folder.mkdir(parents=True, exist_ok=True)
     lock = io.StringIO() if is_remote(folder) else (folder / ".lock").open("w")
   except OSError as error:
-    raise ValueError(f"--workdir={folder} cannot be written: {error.strerror}; choose another folder") from error
+    raise ValueError(f"{flag}={folder} cannot be written: {error.strerror}; choose another folder") from error
   except ImportError as error:
-    raise ValueError(f"--workdir={folder}: {error}; install what opens such a path (gs://: gcsfs)") from error
+    raise ValueError(f"{flag}={folder}: {error}; install what opens such a path (gs://: gcsfs)") from error
   if not is_remote(folder):
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise ValueError(f"--workdir={folder} is in use by another process; wait for it or choose another "
+      raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another "
                        "folder") from error
   return lock
 

@@ -35,7 +35,7 @@ def hide_other_rows(scores: jax.Array, first: int | jax.Array, num_items: int) -
 
 
 class Backbone(nn.Module):
-  """What every backbone has; it adds `encode`, `items`, `score`, `catalogue` and `score_rows`, see backbones.py.
+  """What every backbone has; backbones.py lists what it adds.
 
   Attributes:
     model: the `model` node of a finalized config.

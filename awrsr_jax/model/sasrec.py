@@ -72,3 +72,12 @@ class SASRec(Backbone):
   def score_rows(hidden: Hidden, rows: dict[str, jax.Array]) -> jax.Array:
     """Returns (..., K) float32: the scores of K rows of the catalogue, whether they are items or not."""
     return jnp.einsum("...d,kd->...k", hidden.mean, rows["mean"])
+
+  @staticmethod
+  def compare_rows(items: Hidden, rows: dict[str, jax.Array]) -> jax.Array:
+    """Returns (..., K) float32: how similar items are to K rows of the catalogue, the cosine of vectors [we define].
+
+    The dot product would call popular items, whose vectors are long, similar to everything.
+    """
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)  # noqa: E731
+    return jnp.einsum("...d,kd->...k", unit(items.mean), unit(rows["mean"]))

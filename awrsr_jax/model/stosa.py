@@ -210,6 +210,8 @@ class STOSA(Backbone):
     """Returns (..., K) float32: the scores of K rows of the catalogue, whether they are items or not."""
     return minus_distances(hidden, rows["mean"], covariance(rows["cov"]))
 
+  compare_rows = score_rows  # how similar items are: a score is a distance already
+
 
 def minus_distances(hidden: Hidden, mean_KxD: jax.Array, cov_KxD: jax.Array) -> jax.Array:
   """Returns (..., K): minus the squared Wasserstein distance of every hidden state (..., D) to K Gaussians."""
