@@ -4,6 +4,7 @@ Shapes: H heads, L items of the history, k recommendations, C histories at a tim
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,34 +34,54 @@ class Layer:
     return self.refined - self.first_order
 
 
-def read_layers(backbone: nn.Module, params: Any, numbers_L: np.ndarray) -> list[Layer]:
-  """Returns the attention weights of all layers for one history of item numbers."""
-  maps = jax.jit(lambda params, inputs: attention_maps(backbone, params, inputs))(params, numbers_L[None])
-  return [Layer(np.asarray(layer["first_order"][0]), np.asarray(layer["refined"][0])) for layer in maps]
+def make_layers_step(backbone: nn.Module) -> Callable:
+  """Returns the jitted (params, inputs_1xL) -> the attention maps of all layers."""
+  return jax.jit(lambda params, inputs_1xL: attention_maps(backbone, params, inputs_1xL))
 
 
-def measure_effects(backbone: nn.Module, params: Any, numbers_L: np.ndarray, items_k: np.ndarray) -> np.ndarray:
+def make_log_p_step(backbone: nn.Module) -> Callable:
+  """Returns the jitted (params, inputs_CxL, items_k) -> (C, k) log p(item | history), over the whole catalogue."""
+  def log_p(params: Any, inputs_CxL: jax.Array, items_k: jax.Array) -> jax.Array:
+    hidden = backbone.apply({"params": params}, inputs_CxL, newest=True, method="encode").newest()
+    return jax.nn.log_softmax(backbone.apply({"params": params}, hidden, method="score_all"))[:, items_k]
+  return jax.jit(log_p)
+
+
+def read_layers(step: Callable, params: Any, numbers_L: np.ndarray, padded: int) -> list[Layer]:
+  """Returns the attention weights of all layers for one history.
+
+  Args:
+    step: from make_layers_step.
+    params: of the backbone.
+    numbers_L: item numbers.
+    padded: the length that the step is compiled for.
+  """
+  length = len(numbers_L)
+  maps = jax.device_get(step(params, np.pad(numbers_L, (padded - length, 0))[None]))
+  return [Layer(*(layer[name][0, :, -length:, -length:] for name in ("first_order", "refined"))) for layer in maps]
+
+
+def measure_effects(step: Callable, params: Any, numbers_L: np.ndarray, items_k: np.ndarray, num_items: int,
+                    padded: int) -> np.ndarray:
   """Returns (k, L) float32: what each item of a history did for each recommended item.
 
   We define: log p(item | history) - log p(item | history without that one), p the softmax of the scores over the
   catalogue. An empty history knows nothing: there p = 1 / I. Positive: the recommendation would be weaker without it.
+
+  Args:
+    step: from make_log_p_step.
+    params: of the backbone.
+    numbers_L, items_k: item numbers of the history and of the recommendations.
+    num_items: I.
+    padded: the length that the step is compiled for.
   """
   length = len(numbers_L)
-  kept_LxL = ~np.eye(length, dtype=bool)
-  without = [numbers_L[kept] for kept in kept_LxL] if length > 1 else []
-  rows = np.stack([np.pad(row, (length - len(row), 0)) for row in [numbers_L, *without]])
-
-  @jax.jit
-  def log_p(params: Any, inputs_CxL: jax.Array) -> jax.Array:
-    hidden = backbone.apply({"params": params}, inputs_CxL, newest=True, method="encode").newest()
-    scores = backbone.apply({"params": params}, hidden, method="score_all")
-    return jax.nn.log_softmax(scores)[:, items_k]
-
-  padded = np.pad(rows, ((0, -len(rows) % CHUNK if len(rows) > CHUNK else 0), (0, 0)))
-  found = np.concatenate([np.asarray(log_p(params, padded[first:first + CHUNK]))
-                          for first in range(0, len(padded), CHUNK)])[:len(rows)]
-  without_k = found[1:] if length > 1 else np.full((1, len(items_k)), -np.log(backbone.num_items), np.float32)
-  return (found[0] - without_k).T
+  histories = [numbers_L, *(np.delete(numbers_L, at) for at in range(length))]
+  rows = np.stack([np.pad(numbers, (padded - len(numbers), 0)) for numbers in histories])
+  rows = np.pad(rows, ((0, -len(rows) % CHUNK), (0, 0)))
+  found = np.concatenate([step(params, rows[first:first + CHUNK], items_k) for first in range(0, len(rows), CHUNK)])
+  without = found[1:1 + length] if length > 1 else np.full((1, len(items_k)), -np.log(num_items), np.float32)
+  return (found[0] - without).T
 
 
 def share(effects_kxL: np.ndarray) -> np.ndarray:

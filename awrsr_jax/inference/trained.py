@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -143,7 +143,7 @@ class Trained:
       raise ValueError(f"unknown items {missing[:NAMED]}: the catalogue of {self.workdir} has {len(self.item_ids)} "
                        f"others, such as {self.item_ids[:3]}")
     numbers = np.array([self.numbers[str(raw)] for raw in items], np.int32)
-    step = self._step(make_similar_step, k)
+    step = self._step(make_similar_step, self.mesh, k, self.config.eval.block_items)
     allowed = self.allowed(allow, deny)
     found = []
     for first in range(0, len(numbers), BATCH):
@@ -169,10 +169,12 @@ class Trained:
   def explain_numbers(self, numbers: np.ndarray, scores_k: np.ndarray, items_k: np.ndarray) -> Explanation:
     """Explains one row of `top`; `numbers` are those of its history, at least one."""
     items_k, numbers = items_k[items_k > 0], numbers[-self.config.data.max_length:]
-    effects = explaining.measure_effects(self.backbone, self.params, numbers, items_k)
+    _, padded = self._padded_lengths(len(numbers))
+    effects = explaining.measure_effects(self._step(explaining.make_log_p_step), self.params, numbers, items_k,
+                                         len(self.item_ids), padded)
+    layers = explaining.read_layers(self._step(explaining.make_layers_step), self.params, numbers, padded)
     return Explanation([self.item_ids[number - 1] for number in numbers.tolist()],
-                       [self.titles[number - 1] for number in numbers.tolist()],
-                       explaining.read_layers(self.backbone, self.params, numbers),
+                       [self.titles[number - 1] for number in numbers.tolist()], layers,
                        self.name(scores_k[:len(items_k)], items_k), effects, explaining.share(effects))
 
   def number(self, histories: Sequence[Iterable[Id]]) -> tuple[list[np.ndarray], list[list[str]]]:
@@ -265,7 +267,7 @@ class Trained:
     """
     self._check_k(k)
     allowed = self.allowed() if allowed is None else allowed
-    step = self._step(make_top_step, k)
+    step = self._step(make_top_step, self.mesh, k, self.config.eval.block_items)
     scores, items = np.full((len(numbered), k), -np.inf, np.float32), np.zeros((len(numbered), k), np.int32)
     lengths = np.array([len(numbers) for numbers in numbered], np.int64)
     order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0):]
@@ -307,8 +309,8 @@ class Trained:
       raise ValueError(f"{what} must be a list, not {values!r}")
 
   @functools.cache  # noqa: B019 (a model lives as long as its process)
-  def _step(self, make: Any, k: int) -> Any:
-    return make(self.backbone, self.mesh, k, self.config.eval.block_items)
+  def _step(self, make: Callable[..., Callable], *more: Any) -> Callable:
+    return make(self.backbone, *more)
 
   def _place(self, rows: np.ndarray) -> jax.Array:
     return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec("data")))
