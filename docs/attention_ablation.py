@@ -5,19 +5,15 @@
 trained: the run's own weights. mean: every earlier item alike. self: the newest item alone. Nothing is trained anew.
 """
 
-import json
-import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from awrsr_jax.config import default, walk
-from awrsr_jax.engine import checkpoint, ranking
-from awrsr_jax.engine.state import init_state
+from awrsr_jax.engine import ranking
 from awrsr_jax.engine.train import make_job
+from awrsr_jax.inference.trained import Trained, load
 from awrsr_jax.model import sasrec, stosa
 
 WEIGHTS = {
@@ -45,26 +41,21 @@ class Fixed:
     return weights, weights
 
 
-def rank(config: Any, workdir: str) -> dict[str, float]:
+def rank(trained: Trained) -> dict[str, float]:
   """Returns NDCG@10 of both splits, by the best checkpoint of a run."""
-  job = make_job(config)
-  best_step = json.loads((pathlib.Path(workdir) / "result.json").read_text())["best_step"]
-  template = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
-  with checkpoint.open_checkpoints(workdir) as manager:
-    state, _ = checkpoint.restore_step(manager, best_step, template)
-  return {split: ranking.summarize(ranking.rank_users(job.rank_step, state.params, batches, job.mesh))["ndcg@10"]
+  job, params = make_job(trained.config), jax.device_get(trained.params)
+  return {split: ranking.summarize(ranking.rank_users(job.rank_step, params, batches, job.mesh))["ndcg@10"]
           for split, batches in job.ranking.items()}
 
 
 def main(workdir: str) -> None:
   """Prints a line for each kind of weights."""
-  config = default()
-  config.update_from_flattened_dict(dict(walk(json.loads(pathlib.Path(workdir, "config.json").read_text()))))
+  trained = load(workdir)
   own = stosa.build_refinement
   for name, weights in WEIGHTS.items():
     build = own if weights is None else lambda model, max_length, weights=weights: Fixed(weights)
     sasrec.build_refinement = stosa.build_refinement = build
-    metrics = rank(config, workdir)
+    metrics = rank(trained)
     print(f"{name:8} valid ndcg@10={metrics['valid']:.4f} test ndcg@10={metrics['test']:.4f}", flush=True)
 
 

@@ -3,18 +3,14 @@
   PYTHONPATH=. python docs/refinement_picture.py runs/synthetic
 """
 
-import json
 import pathlib
 import sys
 
-import jax
 import numpy as np
 
-from awrsr_jax.config import default, walk
-from awrsr_jax.engine import checkpoint
-from awrsr_jax.engine.state import init_state
-from awrsr_jax.engine.train import make_job
-from awrsr_jax.model.backbones import attention_maps
+from awrsr_jax.data import prepared
+from awrsr_jax.data.batches import ranking_batches
+from awrsr_jax.inference.trained import load
 
 CELL, SHOWN = 14, 14  # pixels, newest positions
 SIDE = CELL * SHOWN
@@ -22,16 +18,11 @@ SIDE = CELL * SHOWN
 
 def read_maps(workdir: str) -> dict[str, np.ndarray]:
   """Returns "first_order" and "refined" (SHOWN, SHOWN) of the first layer and head, for the first long history."""
-  config = default()
-  config.update_from_flattened_dict(dict(walk(json.loads(pathlib.Path(workdir, "config.json").read_text()))))
-  best_step = json.loads(pathlib.Path(workdir, "result.json").read_text())["best_step"]
-  job = make_job(config)
-  template = jax.eval_shape(lambda: init_state(job.backbone, job.optimizer, 0, job.mesh))
-  with checkpoint.open_checkpoints(workdir) as manager:
-    state, _ = checkpoint.restore_step(manager, best_step, template)
-  inputs = next(batch["inputs"] for batch in job.ranking["test"] if batch["inputs"].shape[1] >= SHOWN)
-  maps = attention_maps(job.backbone, state.params, inputs[-1:])[0]
-  return {name: np.asarray(weights[0, 0, -SHOWN:, -SHOWN:]) for name, weights in maps.items()}
+  trained = load(workdir)
+  batches = ranking_batches(prepared.load(trained.config.data), trained.config, "test")
+  inputs = next(batch["inputs"] for batch in batches if batch["inputs"].shape[1] >= SHOWN)
+  layer = trained.explain([trained.item_ids[number - 1] for number in inputs[-1] if number]).layers[0]
+  return {name: getattr(layer, name)[0, -SHOWN:, -SHOWN:] for name in ("first_order", "refined")}
 
 
 def draw_map(weights: np.ndarray, left: int, title: str) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -231,6 +232,25 @@ def test_rating_floors_are_numbers_and_users_are_left_to_train_on():
 def test_values_that_fit_together_are_accepted(values):
   final = dict(configs.walk(configs.finalize(changed(**values))))
   assert all(final[key.replace("__", ".")] == value for key, value in values.items())
+
+
+def test_a_stored_config_comes_back():
+  config = configs.default()
+  config.model.width, config.train.clip_norm, config.data.path = 32, 1.0, "x"
+  stored = json.loads(json.dumps(configs.finalize(config).to_dict()))
+  assert configs.restore(stored, "run") == configs.finalize(config)
+  del stored["eval"]["keep_ranks"]  # as before there was the key
+  assert configs.restore(stored, "run") == configs.finalize(config)
+
+
+@pytest.mark.parametrize("key,value,message", [
+    ("speed", 3, r"run was written by another version of awrsr_jax: this one has no config keys \['model.speed'\]"),
+    ("width", "wide", "run holds a config that this version"), ("refine", "more", "run holds .*refine='more'")])
+def test_a_stored_config_of_another_version_is_refused(key, value, message):
+  stored = configs.default().to_dict()
+  stored["model"][key] = value
+  with pytest.raises(ValueError, match=message):
+    configs.restore(stored, "run")
 
 
 def test_every_knob_is_read_by_the_package():

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from awrsr_jax.engine import checkpoint, processes, ranking
+from awrsr_jax.engine import checkpoint, processes, ranking, run_folder
 from awrsr_jax.engine.state import init_state
 from awrsr_jax.engine.train import make_job, train
+from awrsr_jax.inference.trained import load
 
 
 def read_lines(workdir) -> list[dict]:
@@ -53,6 +55,30 @@ def test_result_is_of_the_best_checkpoint(finished):
   valid = {line["step"]: line["ndcg@10"] for line in read_lines(workdir) if line["split"] == "valid"}
   assert result["best_step"] == max(valid, key=lambda step: (valid[step], -step))
   assert result["valid"]["ndcg@10"] == valid[result["best_step"]]
+
+
+def test_the_rank_of_every_test_target_is_kept(finished, small_config):
+  result, workdir = finished
+  small_config.train.epochs, small_config.train.learning_rate = 40, 0.01
+  job = make_job(small_config)
+  corpus, positions = job.corpus, job.corpus.split.targets["test"]
+  kept = run_folder.read_ranks(epath.Path(workdir) / "ranks.parquet")
+  assert kept["user"].tolist() == corpus.user_ids.tolist()  # of leave-one-out each has one target
+  assert kept["item"].tolist() == corpus.item_ids[corpus.items[positions]].tolist()
+  assert kept["history"].tolist() == (corpus.lengths - 1).tolist()
+  assert kept["trained"].tolist() == corpus.counts[corpus.items[positions]].tolist()
+  for name, value in ranking.summarize(kept["rank"]).items():  # summed in another order
+    assert abs(value - result["test"][name]) < 1e-12
+  ranked = ranking.rank_users(job.rank_step, jax.device_get(load(workdir).params), job.ranking["test"], job.mesh)
+  assert kept["rank"].tolist() == ranked[np.argsort(job.ranking["test"].targets)].tolist()
+
+
+def test_ranks_are_kept_only_where_they_are_wanted(small_config, tmp_path):
+  small_config.eval.keep_ranks = False
+  train(small_config, tmp_path)
+  assert not (tmp_path / "ranks.parquet").exists()
+  with pytest.raises(ValueError, match="ranks.parquet cannot be read.*config.eval.keep_ranks"):
+    run_folder.read_ranks(epath.Path(tmp_path) / "ranks.parquet")
 
 
 def test_a_published_stosa_learns_and_says_what_it_is(small_config, tmp_path):
