@@ -14,7 +14,8 @@ from awrsr_jax.config import default, walk
 from awrsr_jax.engine.run_folder import FREE_KEYS, read_json, read_ranks
 
 # Keys that runs of one group may differ in: they change no figure, but for the seed, which is what a group is over.
-SHARED = {"seed"} | FREE_KEYS - {"train.epochs"}
+SHARED = {"seed", "eval.batch_size", "eval.block_items", "train.log_every", "checkpoint.every_steps"} | (
+    FREE_KEYS - {"train.epochs"})
 
 
 @dataclasses.dataclass(frozen=True)
