@@ -1,0 +1,319 @@
+"""Recommends from an artefact: a folder that `python -m awrsr_jax.export` made, in which a copy of this file lies.
+
+  from recommender import Recommender          # or: python recommender.py HISTORIES.jsonl [K]
+  recommender = Recommender("FOLDER")
+  recommender.recommend([["2571", "1270"]], k=10)
+
+It needs jax, numpy and flatbuffers, which jax.export reads with. It needs neither the package that trained the model
+nor the data. Shapes: U histories, B of one call, S padded excluded items, n longest input, k best items, V rows of the
+item table, I items (numbers 1 to I; 0 is none).
+"""
+
+import collections
+import hashlib
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import export as jax_export
+
+LOG = logging.getLogger(__name__)
+SCHEMA = 1  # of manifest.json
+BATCH = 256  # histories of one call, at most
+NAMED = 5  # unknown items named in a message, at most
+AGAIN = "copy the artefact again, or export it again from its run"
+
+Id = int | str
+
+
+class Recommendation(NamedTuple):
+  """An item for a history: its raw id, its score (larger is better), and its title ("" where unknown)."""
+
+  item: Id
+  score: float
+  title: str
+
+
+class Recommender:
+  """A model in use.
+
+  Attributes:
+    folder: where it was read from.
+    manifest: what it says of itself: "corpus", "config", "step", "protocol", ...
+    item_ids: I raw ids of items 1 to I, numbers or text as they were in the data.
+    titles: I titles, "" where unknown.
+    k: the most items that a call can give.
+    length: n, how many items of a history the model looks at.
+    unknown: how many items of histories were not in the catalogue and were skipped, since this was made.
+  """
+
+  def __init__(self, folder: str | pathlib.Path):
+    """Reads a folder, and places the parameters on the default device.
+
+    Raises:
+      ValueError: a file is missing, changed or of another version, or this JAX cannot run the model.
+    """
+    self.folder = pathlib.Path(folder)
+    self.manifest = read_manifest(self.folder)
+    check_files(self.folder, self.manifest)
+    self.k, self.length = self.manifest["k"], self.manifest["length"]
+    self.unknown = 0
+    with (self.folder / "items.json").open(encoding="utf-8") as file:
+      items = json.load(file)
+    self.item_ids: list[Id] = items["ids"]
+    self.titles: list[str] = items["titles"] or [""] * len(self.item_ids)
+    self.numbers = {raw: number for number, raw in enumerate(map(str, self.item_ids), start=1)}
+    self.exported = read_model(self.folder, self.manifest)
+    with np.load(self.folder / "params.npz", allow_pickle=False) as arrays:
+      self._params = {name: jax.device_put(arrays[name]) for name in arrays.files}
+    self._all = jax.device_put(np.ones(self.manifest["rows"], bool))
+    self._call = jax.jit(self.exported.call)
+
+  def recommend(self, histories: Sequence[Iterable[Id]], k: int = 10, *, exclude_seen: bool = True,
+                allow: Iterable[Id] | None = None, deny: Iterable[Id] = ()) -> list[list[Recommendation]]:
+    """Returns the best k items for each history, best first; of equal scores the lower item number first.
+
+    Args:
+      histories: raw item ids, oldest first, of any users. The model looks at the newest n known ones.
+      k: how many, up to what was exported.
+      exclude_seen: a history is not given its own items.
+      allow: only these items are given, where it is not None.
+      deny: these items are never given.
+
+    Returns:
+      A list a history; shorter than k where fewer items are left, and empty for a history without a known item, of
+      which the model knows nothing. Unknown items are skipped, counted and logged.
+
+    Raises:
+      ValueError: k is out of range, an input is no list, or nothing is allowed.
+      FloatingPointError: a score is NaN.
+    """
+    if not 1 <= k <= self.k:
+      raise ValueError(f"k={k} must lie between 1 and {self.k}, which {self.folder} was exported for; export again "
+                       f"with a larger --k (up to the {len(self.item_ids)} items)")
+    numbered, allowed = self.number(histories), self.allowed(allow, deny)
+    order = sorted((row for row, numbers in enumerate(numbered) if numbers), key=lambda row: len(numbered[row]))
+    found: list[list[Recommendation]] = [[] for _ in numbered]
+    for first in range(0, len(order), BATCH):
+      rows = order[first:first + BATCH]
+      longest = max(self.length, len(numbered[rows[-1]]))
+      seen = np.zeros((round_up(len(rows)), round_up(longest)), np.int32)
+      for at, row in enumerate(rows):
+        seen[at, seen.shape[1] - len(numbered[row]):] = numbered[row]
+      inputs = seen[:, seen.shape[1] - self.length:]
+      scores, items = self.run(inputs, seen if exclude_seen else np.zeros_like(seen), allowed)
+      broken = np.isnan(scores[:len(rows)]).any(axis=1)
+      if broken.any():
+        raise FloatingPointError(f"{broken.sum()} of {len(rows)} histories have a NaN among their scores; the "
+                                 f"parameters in {self.folder} are damaged")
+      for at, row in enumerate(rows):
+        found[row] = [Recommendation(self.item_ids[item - 1], score, self.titles[item - 1])
+                      for score, item in zip(scores[at, :k].tolist(), items[at, :k].tolist(), strict=True) if item]
+    return found
+
+  def number(self, histories: Sequence[Iterable[Id]]) -> list[list[int]]:
+    """Returns the item numbers of each history, without items that are not in the catalogue, which are counted.
+
+    Raises:
+      ValueError: an input is no list of histories.
+    """
+    check_list(histories, "histories")
+    numbered, unknown, empty = [], collections.Counter(), 0
+    for row, history in enumerate(histories):
+      if isinstance(history, (str, bytes)) or not isinstance(history, Iterable):
+        raise ValueError(f"history {row} is {history!r}, not a list of items; one history is recommend([[...]])")
+      texts = [raw if type(raw) is str else str(raw) for raw in history]
+      found = [self.numbers.get(text, 0) for text in texts]
+      unknown.update(text for text, number in zip(texts, found, strict=True) if not number)
+      numbered.append([number for number in found if number])
+      empty += not numbered[-1]
+    self.unknown += unknown.total()
+    if unknown:
+      LOG.warning("%d items of the histories are not in the catalogue of %s and were skipped, %d different ones, such "
+                  "as %s", unknown.total(), self.folder, len(unknown), [raw for raw, _ in unknown.most_common(NAMED)])
+    if empty:
+      LOG.warning("%d of %d histories hold no known item and get no recommendations", empty, len(numbered))
+    return numbered
+
+  def allowed(self, allow: Iterable[Id] | None = None, deny: Iterable[Id] = ()) -> np.ndarray | jax.Array:
+    """Returns bool (V,), which rows of the item table may be given; `deny` wins.
+
+    Raises:
+      ValueError: nothing is allowed, or an input is no list.
+    """
+    if allow is None and isinstance(deny, Sequence) and not len(deny):
+      return self._all  # stays on the device
+    chosen = np.full(self._all.shape, allow is None)
+    for name, listed, value in (("allow", allow, True), ("deny", deny, False)):
+      if listed is None:
+        continue
+      check_list(listed, name)
+      listed = list(map(str, listed))
+      unknown = [raw for raw in listed if raw not in self.numbers]
+      if unknown:
+        LOG.warning("%d of %d items to %s are not in the catalogue of %s, such as %s", len(unknown), len(listed), name,
+                    self.folder, unknown[:NAMED])
+      chosen[[self.numbers[raw] for raw in listed if raw in self.numbers]] = value
+    if not chosen[1:len(self.item_ids) + 1].any():
+      raise ValueError(f"allow and deny leave none of the {len(self.item_ids)} items to recommend; raw ids look like "
+                       f"{self.item_ids[:3]}")
+    return chosen
+
+  def run(self, inputs_Bxn: np.ndarray, excluded_BxS: np.ndarray,
+          allowed_V: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Runs the model on item numbers; a new B or S compiles once.
+
+    Args:
+      inputs_Bxn: int32, histories of exactly n items, oldest first, padded with 0 on the left. B is at least 1.
+      excluded_BxS: int32, items that a history is not given; 0 is none. S is at least 1: give a column of 0 for none.
+      allowed_V: bool, which rows of the item table may be given to any.
+
+    Returns:
+      (B, k) float32 scores, best first, and (B, k) int32 item numbers: -inf and 0 where fewer than k are left.
+
+    Raises:
+      ValueError: a shape or type is another.
+    """
+    given = (inputs_Bxn, excluded_BxS, allowed_V)
+    batch = max(np.shape(inputs_Bxn)[0] if np.ndim(inputs_Bxn) else 0, 1)
+    width = max(np.shape(excluded_BxS)[1] if np.ndim(excluded_BxS) == 2 else 0, 1)
+    wanted = {"inputs": (np.int32, (batch, self.length)), "excluded": (np.int32, (batch, width)),
+              "allowed": (np.bool_, self._all.shape)}
+    for array, (name, (kind, shape)) in zip(given, wanted.items(), strict=True):
+      found = getattr(array, "dtype", type(array).__name__)
+      if np.shape(array) != shape or found != kind:
+        raise ValueError(f"{name} is {found} of shape {np.shape(array)}, and the model of "
+                         f"{self.folder} takes {np.dtype(kind)} of shape {shape}: inputs have exactly n={self.length} "
+                         "columns (pad with 0 on the left), excluded has as many rows and at least one column (0 is "
+                         f"none), allowed has {len(self._all)} entries")
+    scores, items = self._call(self._params, *given)
+    return np.asarray(scores), np.asarray(items)
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the content of manifest.json.
+
+  Raises:
+    ValueError: it is missing, damaged or of another schema.
+  """
+  path = folder / "manifest.json"
+  try:
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise ValueError(f"{folder} is no artefact: it has no manifest.json; give a folder that python -m awrsr_jax.export "
+                     "made") from error
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read ({error}); {AGAIN}") from error
+  schema = manifest.get("schema") if isinstance(manifest, dict) else None
+  if schema != SCHEMA:
+    raise ValueError(f"{path} has schema {schema!r}, and this recommender.py reads schema {SCHEMA}; use the "
+                     "recommender.py that lies in the artefact, or export it again")
+  lacking = {"files", "k", "length", "rows", "items", "jax_version", "platforms"} - manifest.keys()
+  if lacking:
+    raise ValueError(f"{path} has no {', '.join(sorted(lacking))}; {AGAIN}")
+  return manifest
+
+
+def check_files(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
+  """Compares the files of an artefact with what its manifest says of them.
+
+  Raises:
+    ValueError: a file is missing, or has another size or content.
+  """
+  for name, expected in manifest["files"].items():
+    path = folder / name
+    if not path.is_file():
+      raise ValueError(f"{path} is missing; {AGAIN}")
+    if path.stat().st_size != expected["bytes"]:
+      raise ValueError(f"{path} has {path.stat().st_size} bytes, and had {expected['bytes']} when it was exported; "
+                       f"{AGAIN}")
+    with path.open("rb") as file:
+      found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected["sha256"]:
+      raise ValueError(f"{path} is not what it was when it was exported: its SHA-256 is {found}, and was "
+                       f"{expected['sha256']}; {AGAIN}")
+
+
+def read_model(folder: pathlib.Path, manifest: dict[str, Any]) -> jax_export.Exported:
+  """Returns the program, without compiling it.
+
+  Raises:
+    ValueError: this JAX cannot read it, or it is for other platforms.
+  """
+  path = folder / "model.stablehlo"
+  try:
+    exported = jax_export.deserialize(bytearray(path.read_bytes()))
+  except ImportError as error:
+    raise ValueError(f"{path} cannot be read: {error} (pip install flatbuffers)") from error
+  except Exception as error:  # whatever the reader of another version stumbles over
+    raise ValueError(f"{path} was written by JAX {manifest['jax_version']} and cannot be read by JAX "
+                     f"{jax.__version__}: {error}. Exported programs are read by JAX of up to 6 months later: use an "
+                     "older JAX, or export again from the run with a newer one") from error
+  found = exported.in_avals[-3].shape[1], exported.in_avals[-1].shape[0], exported.out_avals[0].shape[1]
+  if found != (manifest["length"], manifest["rows"], manifest["k"]):
+    raise ValueError(f"{folder / 'manifest.json'} says length {manifest['length']}, rows {manifest['rows']} and "
+                     f"k {manifest['k']}, and the program has {found}; {AGAIN}")
+  here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+  if here not in exported.platforms:
+    raise ValueError(f"{folder} was exported for {', '.join(exported.platforms)}, and the default device here is "
+                     f"{here}; export again with --platforms={here}, or set JAX_PLATFORMS")
+  return exported
+
+
+def check_list(values: Any, what: str) -> None:
+  """Raises ValueError when values are no list."""
+  if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    raise ValueError(f"{what} must be a list, not {values!r}")
+
+
+def round_up(size: int) -> int:
+  """Returns the next power of two: few shapes, so few compilations."""
+  return 1 << (size - 1).bit_length()
+
+
+def read_histories(path: str) -> list[list[Id]]:
+  """Returns the histories of a file of JSON lines, each a list of raw ids; empty lines are none.
+
+  Raises:
+    ValueError: a line is something else, or the file cannot be read.
+  """
+  histories = []
+  try:
+    with open(path, encoding="utf-8") as file:
+      for number, line in enumerate(file, start=1):
+        if line.strip():
+          history = json.loads(line)
+          if not isinstance(history, list):
+            raise ValueError(f"line {number} is {line.strip()[:80]!r}, not a list of raw item ids")
+          histories.append(history)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from error
+  return histories
+
+
+def main(arguments: list[str]) -> None:
+  """Prints a JSON line a history: {"items": [...], "scores": [...], "titles": [...]}, best first."""
+  if len(arguments) not in (1, 2) or (len(arguments) == 2 and not arguments[1].isdecimal()):
+    sys.exit("python recommender.py HISTORIES.jsonl [K]: a line a history, a list of raw ids, oldest first; K is 10")
+  logging.basicConfig(level=logging.WARNING, format="%(message)s")
+  try:
+    histories = read_histories(arguments[0])
+    recommender = Recommender(pathlib.Path(__file__).resolve().parent)
+    k = int(arguments[1]) if len(arguments) == 2 else min(10, recommender.k)
+    found = recommender.recommend(histories, k)
+  except ValueError as error:
+    sys.exit(f"ValueError: {error}")
+  for row in found:
+    print(json.dumps({"items": [best.item for best in row], "scores": [best.score for best in row],
+                      "titles": [best.title for best in row]}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
