@@ -1,0 +1,412 @@
+"""Attention of a trained model, before and after refinement: maps of one history, and profiles over many.
+
+The histories are those that the test split is ranked from: what came before a user's last test target, of it the newest
+n items, as the model sees them. Shapes: B histories, H heads, L padded length, n the longest length, S shown items.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import colors, ticker
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+
+from awrsr_jax.analysis.figures import COLUMN, TEXT, Drawing, legend, line_style, plain, settle, shorten, styled, thin
+from awrsr_jax.analysis.runs import Run
+from awrsr_jax.config import restore
+from awrsr_jax.data import corpus as corpora
+from awrsr_jax.data import prepared
+from awrsr_jax.data.batches import gather_rows, history_lengths
+from awrsr_jax.data.corpus import Corpus
+from awrsr_jax.data.splits import users_of
+from awrsr_jax.inference.explain import Layer, make_layers_step, read_layers
+from awrsr_jax.inference.trained import Trained
+from awrsr_jax.model.backbones import attention_maps
+
+NAMES = {"first_order": "first order", "refined": "refined"}
+SHOWN = 16  # newest items of a map
+LONG = 10  # items of a history that the default user has at least
+HEADS = 4  # rows of a figure of maps
+ACROSS = 3  # panels side by side
+LETTERS = 18  # of a tick label
+MOST_BYTES = 1 << 27  # attention weights of a batch: 128 MiB
+MOST_USERS = 64  # of a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Histories:
+  """The histories of the test split: user (U,) numbers from 0, and the place (U,) in `corpus.items` where each ends."""
+
+  corpus: Corpus
+  users: np.ndarray
+  ends: np.ndarray
+
+  @functools.cached_property
+  def lengths(self) -> np.ndarray:
+    """(U,) how many items each has, from 1."""
+    return history_lengths(self.corpus, self.ends)
+
+  def newest(self, rows: np.ndarray, length: int) -> np.ndarray:
+    """Returns (B, length) int32 item numbers: the newest of each history, left-padded with 0."""
+    return gather_rows(self.corpus.items, self.corpus.offsets[self.users[rows]], self.ends[rows], length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """Where attention looks, averaged over the queries of a sample of histories: every real position is a query.
+
+  The keys of a query are the real positions up to itself. Of "first_order" and "refined" weights each (N layers):
+
+  Attributes:
+    users: how many histories.
+    queries: (n,) how many queries have k = 1 .. n keys.
+    attention: (N, H, n) the mean weight at distance d = 0 .. n - 1, query position - key position. A query without a
+      key at d counts with 0, so that a profile sums to 1.
+    entropy: (N, H, n) the mean entropy, in bits, of queries with k = 1 .. n keys; NaN where there is none. Even
+      weights have log2(k).
+  """
+
+  users: int
+  queries: np.ndarray
+  attention: dict[str, np.ndarray]
+  entropy: dict[str, np.ndarray]
+
+  def relative(self, name: str) -> np.ndarray:
+    """Returns (N, H, n) entropy / log2(k): 1 where weights are even; NaN for one key, which leaves no choice."""
+    with np.errstate(invalid="ignore"):
+      return self.entropy[name] / np.log2(np.arange(1, len(self.queries) + 1))
+
+
+def read_histories(run: Run, data_path: str | None = None) -> Histories:
+  """Reads the histories of a run's test split from its data.
+
+  Args:
+    run: whose config names the data.
+    data_path: where the data lie now, instead of `config.data.path`.
+
+  Raises:
+    ValueError: the data are not there, or are another corpus than the run's; or no test target has a history.
+  """
+  moved = {"data.path": data_path, "data.format": "auto"} if data_path else {}
+  data = restore(run.config | moved, f"{run.folder}/config.json").data
+  path = data.path or data.name or "a table that was given from Python"
+  try:
+    corpus = prepared.load(data)
+  except (ValueError, OSError) as error:
+    raise ValueError(f"the histories of {run.folder} cannot be read from {path}: {error}. --data_path=PATH says where "
+                     "the data lie now") from error
+  found = corpora.describe(corpus)
+  for key, what in (("fingerprint", "corpus"), ("numbering", "raw item ids")):
+    if found[key] != run.corpus[key]:
+      raise ValueError(f"{path} is not the data of {run.folder}: the {what} differ, {found['users']} users and "
+                       f"{found['items']} items there, {run.corpus['users']} and {run.corpus['items']} in the run; "
+                       "--data_path=PATH says where the run's data lie")
+  ends = np.sort(corpus.split.targets["test"])
+  ends = ends[history_lengths(corpus, ends) > 0]
+  if not len(ends):
+    raise ValueError(f"{path}: no test target has a history, so there is no attention to look at")
+  users = users_of(corpus.offsets, ends)
+  newest = np.append(users[1:] != users[:-1], True)
+  return Histories(corpus, users[newest], ends[newest])
+
+
+def choose(histories: Histories, user: str | None = None) -> int:
+  """Returns the row of one history.
+
+  Args:
+    histories: of a test split.
+    user: a raw user id as text. None: of the histories with at least 10 items the one of median length (the lower
+      median; of equal lengths users are in the order of their raw ids). Where none has 10, the longest.
+
+  Raises:
+    ValueError: there is no such user, or none with a history in the test split.
+  """
+  corpus, lengths = histories.corpus, histories.lengths
+  if user is not None:
+    known = [number for number, raw in enumerate(corpus.user_ids.tolist()) if str(raw) == user]
+    if not known:
+      raise ValueError(f"--user={user}: {corpus.name} has no such user; its {corpus.num_users} raw ids are like "
+                       f"{', '.join(map(str, corpus.user_ids[:3].tolist()))}")
+    row = np.flatnonzero(histories.users == known[0])
+    if not len(row):
+      raise ValueError(f"--user={user} has no history before a test target ({corpus.split.words}); users that have are "
+                       f"like {', '.join(map(str, corpus.user_ids[histories.users[:3]].tolist()))}")
+    return int(row[0])
+  order = np.argsort(lengths, kind="stable")
+  long = order[lengths[order] >= LONG]
+  return int(long[(len(long) - 1) // 2] if len(long) else order[-1])
+
+
+def measure_profile(trained: Trained, histories: Histories, users: int, seed: int = 0) -> Profile:
+  """Measures where attention looks, over a sample of histories, in batches of bounded memory.
+
+  Args:
+    trained: the model.
+    histories: to draw from.
+    users: how many to draw, without replacement; all where there are fewer.
+    seed: of the draw.
+  """
+  longest, model = trained.config.data.max_length, trained.config.model
+  rows = np.random.default_rng(seed).permutation(len(histories.ends))[:users]
+  rows = rows[np.argsort(histories.lengths[rows], kind="stable")]
+  attention = {name: np.zeros((model.layers, model.heads, longest)) for name in NAMES}
+  entropy = {name: np.zeros((model.layers, model.heads, longest)) for name in NAMES}
+  queries = np.zeros(longest, np.int64)
+  step = _make_step(trained.backbone)
+  done = 0
+  while done < len(rows):
+    size = min(MOST_USERS, len(rows) - done)
+    length = _padded(min(int(histories.lengths[rows[done + size - 1]]), longest), longest)
+    fit = max(1, MOST_BYTES // (2 * model.layers * model.heads * length ** 2 * 4))
+    size = min(size, 1 << (fit.bit_length() - 1))  # a power of two, so that filling up does not exceed it
+    inputs = histories.newest(rows[done:done + size], length)
+    inputs = np.pad(inputs, ((0, _padded(size, MOST_USERS) - size), (0, 0)))  # a row of padding has no query
+    counts, layers = jax.device_get(step(trained.params, inputs))
+    queries[:length] += counts
+    for layer, found in enumerate(layers):
+      for name, (sums_HxLxL, entropy_HxL) in found.items():
+        for distance in range(length):
+          attention[name][layer, :, distance] += np.trace(sums_HxLxL, -distance, 1, 2, np.float64)
+        entropy[name][layer, :, :length] += entropy_HxL
+    done += size
+  with np.errstate(invalid="ignore"):
+    return Profile(len(rows), queries, {name: sums / queries.sum() for name, sums in attention.items()},
+                   {name: sums / queries for name, sums in entropy.items()})
+
+
+def entropy_bits(weights: jax.Array) -> jax.Array:
+  """Returns the entropy of the last axis in bits; a weight of 0 adds nothing."""
+  return -jnp.sum(jnp.where(weights > 0, weights * jnp.log2(jnp.where(weights > 0, weights, 1)), 0), axis=-1)
+
+
+def _make_step(backbone: Any) -> Any:
+  """Returns a compiled function: params, inputs (B, L) -> queries by number of keys (L,), and for each layer, of each
+  kind of weights, their sum over B (H, L, L) and the sum of entropies by number of keys (H, L)."""
+  @jax.jit
+  def step(params: Any, inputs_BxL: jax.Array) -> tuple[jax.Array, list[dict[str, tuple[jax.Array, jax.Array]]]]:
+    real_BxL, length = inputs_BxL > 0, inputs_BxL.shape[1]
+    keys_BxL = jnp.where(real_BxL, jnp.cumsum(real_BxL, axis=1), 0)
+    by_keys = functools.partial(jax.ops.segment_sum, segment_ids=keys_BxL.reshape(-1), num_segments=length + 1)
+    found = []
+    for layer in attention_maps(backbone, params, inputs_BxL):
+      of_layer = {}
+      for name, weights_BxHxLxL in layer.items():
+        kept = jnp.where(real_BxL[:, None, :, None], weights_BxHxLxL, 0)
+        bits_NxH = jnp.moveaxis(entropy_bits(kept), 1, -1).reshape(-1, kept.shape[1])
+        of_layer[name] = kept.sum(axis=0), by_keys(bits_NxH)[1:].T
+      found.append(of_layer)
+    return by_keys(jnp.ones(real_BxL.size, jnp.int32))[1:], found
+  return step
+
+
+def _padded(size: int, most: int) -> int:
+  """Returns the next power of two, or `most` where that is less: few sizes are compiled."""
+  return min(1 << (size - 1).bit_length(), most)
+
+
+def draw_map(layer: Layer, heads: list[int], labels: list[str], is_refined: bool) -> Figure:
+  """Returns maps of some heads, one below the other: first order, refined, and what refinement changed.
+
+  A row is a query, a column a key; only keys up to the query have a cell. Both kinds of weights share one scale from 0;
+  differences have one around 0. Colours go by the square root, or one large weight would hide all others.
+
+  Args:
+    layer: weights (H, S, S).
+    heads: which of them.
+    labels: S tick labels, oldest item first.
+    is_refined: False: first order and refined are the same, and one is drawn.
+  """
+  size = len(labels)
+  cells = [(i, j) for i in range(size) for j in range(i + 1)]
+  corners = [[(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1)] for i, j in cells]
+  pick = lambda weights: np.array([weights[i, j] for i, j in cells])  # noqa: E731
+  first, refined, change = ([pick(x[head]) for head in heads] for x in (layer.first_order, layer.refined, layer.change))
+  panels = {"before refinement": first, "after refinement": refined, "difference": change}
+  panels = panels if is_refined else {"attention": first}
+  largest = max(float(np.max(x)) for x in first + refined)
+  weight = colors.PowerNorm(0.5, 0, largest)
+  most = max(max(float(np.abs(x).max()) for x in change), 1e-6)
+  difference = colors.FuncNorm((lambda x: np.sign(x) * np.abs(x) ** 0.5, lambda x: np.sign(x) * x ** 2), -most, most)
+  with styled():
+    width = TEXT if is_refined else COLUMN
+    label = 0.055 * max(map(len, labels)) + 0.1  # inches
+    side = (width - label - 0.5) / len(panels)
+    figure = Figure((width, len(heads) * (side + 0.05) + label + 1.1), layout="constrained")
+    axes = figure.subplots(len(heads), len(panels), sharex=True, sharey=True, squeeze=False)
+    drawn = {}
+    for row, head in enumerate(heads):
+      for column, (title, values) in enumerate(panels.items()):
+        place = axes[row][column]
+        is_change = title == "difference"
+        drawn[title] = place.add_collection(PolyCollection(
+            corners, array=values[row], cmap="RdBu_r" if is_change else "viridis_r",
+            norm=difference if is_change else weight, edgecolors="#cccccc" if is_change else "white", linewidths=0.3))
+        place.set(xlim=(0, size), ylim=(size, 0), aspect="equal")
+        place.grid(False)
+        place.spines[["left", "bottom"]].set_visible(False)
+        place.tick_params(length=0, labelsize=6)
+        place.set_xticks(np.arange(size) + 0.5, labels, rotation=90)
+        place.set_yticks(np.arange(size) + 0.5, labels)
+        if row == 0:
+          place.set_title(title)
+        if row == len(heads) - 1:
+          place.set_xlabel("key")
+      axes[row][0].set_ylabel(f"head {head + 1}, query" if len(layer.first_order) > 1 else "query")
+    whole = axes[:, :2] if is_refined else axes
+    steps = _ticks(largest, 0.12)
+    bars = [(drawn[next(iter(panels))], whole, "attention weight", [0, *steps])]
+    steps = _ticks(most, 0.3)
+    if is_refined:
+      bars.append((drawn["difference"], axes[:, 2], "after − before", [*(-x for x in steps[::-1]), 0, *steps]))
+    for shown, beside, words, ticks in bars:
+      bar = figure.colorbar(shown, ax=beside, location="top", label=words, aspect=30 if beside is whole else 14,
+                            shrink=0.9, pad=0.02)
+      bar.set_ticks(ticks, labels=[f"{x:g}".replace("-", "−") for x in ticks])
+      bar.ax.minorticks_off()
+      bar.outline.set_linewidth(0.4)
+    return settle(figure)
+
+
+def _ticks(most: float, gap: float) -> list[float]:
+  """Returns round numbers up to `most`, ascending, whose square roots are apart by a share `gap` of its root."""
+  kept, above = [], 2.0
+  for power in range(int(np.ceil(np.log10(most))), -9, -1):
+    for digit in (5, 2, 1):
+      place = (digit * 10.0 ** power / most) ** 0.5
+      if place <= 1 and gap <= min(place, above - place):
+        kept.append(digit * 10.0 ** power)
+        above = place
+  return kept[::-1]
+
+
+def map_drawings(trained: Trained, histories: Histories, row: int) -> list[Drawing]:
+  """Draws the attention maps of one history (Figure 3 of the paper): a figure for each layer and four heads."""
+  corpus = histories.corpus
+  longest = trained.config.data.max_length
+  numbers = histories.newest(np.array([row]), min(int(histories.lengths[row]), longest))[0]
+  layers = read_layers(make_layers_step(trained.backbone), trained.params, numbers, _padded(len(numbers), longest))
+  names = [plain(trained.titles[number - 1]) or plain(trained.item_ids[number - 1]) for number in numbers[-SHOWN:]]
+  labels = [shorten(name, LETTERS) for name in names]
+  is_refined = trained.config.model.refine != "none"
+  who = (f"User {plain(corpus.user_ids[histories.users[row]])}, {histories.lengths[row]} items before the test target, "
+         f"of which the model sees {len(numbers)} and the newest {len(names)} are shown, oldest first")
+  drawings = []
+  for at, layer in enumerate(layers, start=1):
+    layer = Layer(layer.first_order[:, -SHOWN:, -SHOWN:], layer.refined[:, -SHOWN:, -SHOWN:])
+    count = len(layer.first_order)
+    for start in range(0, count, HEADS):
+      heads = list(range(start, min(start + HEADS, count)))
+      some = f", heads {heads[0] + 1} to {heads[-1] + 1}" * (count > HEADS)
+      columns = ["query", "key"] + [f"head {head + 1}, {name}" for head in heads
+                                    for name in (NAMES.values() if is_refined else ("attention",))]
+      rows = [(names[i], names[j], *(float(weights[head, i, j]) for head in heads for weights in
+                                     (layer.first_order, layer.refined)[:1 + is_refined]))
+              for i in range(len(names)) for j in range(i + 1)]
+      what = ("Attention weights before and after refinement, and the change; both kinds of weights share one "
+              "scale" if is_refined else "Attention weights; the model has no refinement")
+      drawings.append(Drawing(
+          f"attention_layer{at}" + f"_heads{heads[0] + 1}to{heads[-1] + 1}" * (count > HEADS),
+          f"Attention of one user, layer {at}{some}",
+          f"{what}. Colours go by the square root. A row is a query and sums to 1 over all keys, also those that are "
+          f"not shown. {who}.",
+          draw_map(layer, heads, labels, is_refined), tuple(columns), rows))
+  return drawings
+
+
+def draw_panels(values: dict[str, np.ndarray], x: np.ndarray, x_label: str, y_label: str,
+                even: np.ndarray | None = None) -> Figure:
+  """Returns a panel for each layer: for each kind of weights heads as thin lines, and their mean as a thick one.
+
+  Args:
+    values: name -> (N, H, X).
+    x: (X,).
+    x_label, y_label: of the axes.
+    even: (X,) what even weights have, if it is to be drawn.
+  """
+  layers, heads = next(iter(values.values())).shape[:2]
+  across = min(layers, ACROSS)
+  down = -(-layers // across)
+  with styled():
+    figure = Figure((COLUMN if across == 1 else TEXT, 1.9 * down + 0.5), layout="constrained")
+    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    for place in axes.flat[layers:]:
+      place.set_visible(False)
+    for layer in range(layers):
+      place = axes.flat[layer]
+      for index, (name, lines) in enumerate(values.items()):
+        style = line_style(index)
+        every = 1 if len(x) <= 16 else -(-len(x) // 8)
+        for head in range(heads if heads > 1 else 0):
+          place.plot(x, lines[layer, head], color=style["color"], linestyle=style["linestyle"], linewidth=0.5,
+                     alpha=0.6)
+        place.plot(x, lines[layer].mean(axis=0), label=name, linewidth=1.6,
+                   markevery=(index * every // 2, every), **style)
+      if even is not None:
+        place.plot(x, even, color="#666666", linestyle=":", linewidth=1, label="even weights")
+      place.set_title(f"layer {layer + 1}")
+      place.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=(1, 2, 2.5, 5, 10), integer=True,
+                                                       min_n_ticks=1))
+      place.margins(x=0.02)
+      if layer + across >= layers:
+        place.tick_params(labelbottom=True)
+        place.set_xlabel(x_label)
+    for place in axes[:, 0]:
+      place.set_ylabel(y_label)
+    axes[0][0].set_ylim(bottom=0)  # of all panels, now that all lines are there
+    legend(figure, axes.flat[0], len(values) + (even is not None))
+    return settle(figure)
+
+
+def profile_drawings(profile: Profile, is_refined: bool) -> list[Drawing]:
+  """Draws attention by distance, and entropy in bits and of the most possible, by layer.
+
+  Args:
+    profile: see measure_profile.
+    is_refined: False: first order and refined are the same, and one is drawn.
+  """
+  kept = {label: name for name, label in list(NAMES.items())[:1 + is_refined]}
+  kept = kept if is_refined else {"attention": "first_order"}
+  heads = next(iter(profile.attention.values())).shape[1]
+  of_heads = "Thin lines are heads, thick ones their mean. " * (heads > 1)
+  sample = (f"{of_heads}{profile.users} histories of the test split, {profile.queries.sum():,} queries; a query's keys "
+            "are the items up to itself.")
+  n = len(profile.queries)
+  mass = np.stack([np.cumsum(profile.attention[name], axis=-1) for name in kept.values()])
+  span = min(n, max(LONG + 1, int(np.argmax(mass.min(axis=(0, 1, 2)) >= 0.99)) + 1))
+  some = profile.queries > 0
+  keys = np.arange(1, n + 1)
+  several = keys[some & (keys > 1)] - 1
+  beyond = f" Distances above {span - 1} hold less than 1 % of the attention of each head." * (span < n)
+  drawings = [_profile_drawing(
+      "attention_by_distance", "Attention by distance", "Mean attention weight by how many items back the key is; 0 is "
+      f"the query itself. A query without a key that far back counts with 0.{beyond} {sample}",
+      {label: profile.attention[name][..., :span] for label, name in kept.items()}, np.arange(span),
+      "distance (items back)", "mean attention weight")]
+  if some.any():
+    at = np.flatnonzero(some)
+    drawings.append(_profile_drawing(
+        "attention_entropy", "Entropy of attention", "Mean entropy of the attention weights of a query, by how many "
+        f"keys it has; even weights have the logarithm of that number. {sample}",
+        {label: profile.entropy[name][..., at] for label, name in kept.items()}, keys[at], "keys", "entropy (bits)",
+        np.log2(keys[at])))
+  if len(several):
+    drawings.append(_profile_drawing(
+        "attention_entropy_relative", "Entropy of attention, relative", "Mean entropy of the attention weights of a "
+        f"query, divided by that of even weights: 1 looks everywhere alike, 0 at one item. {sample}",
+        {label: profile.relative(name)[..., several] for label, name in kept.items()}, keys[several], "keys",
+        "entropy / log2(keys)"))
+  return drawings
+
+
+def _profile_drawing(key: str, title: str, caption: str, values: dict[str, np.ndarray], x: np.ndarray, x_label: str,
+                     y_label: str, even: np.ndarray | None = None) -> Drawing:
+  """Returns the drawing of panels, with means over heads as its numbers."""
+  layers = range(len(next(iter(values.values()))))
+  columns = [x_label] + [f"layer {layer + 1}, {name}" for layer in layers for name in values]
+  rows = [(int(x[at]), *(float(lines[layer, :, at].mean()) for layer in layers for lines in values.values()))
+          for at in thin(range(len(x)))]
+  return Drawing(key, title, caption, draw_panels(values, x, x_label, y_label, even), tuple(columns), rows)
