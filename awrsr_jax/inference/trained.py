@@ -195,21 +195,13 @@ class Trained:
       numbered.append(np.array([number for number in found if number] if 0 in found else found, np.int32))
     return numbered, unknown
 
-  def check_known(self, numbered: Sequence[np.ndarray], unknown: Sequence[Any], first: int = 0) -> None:
-    """Raises ValueError, with the first place, when a history is empty or has unknown items (lists, or how many).
-
-    The first history is called `first`.
-    """
-    for row, (numbers, missing) in enumerate(zip(numbered, unknown, strict=True), start=first):
-      if missing or not len(numbers):
-        raise ValueError(f"history {row} {f'has unknown items ({missing})' if missing else 'is empty'}, and strict is "
-                         "set; leave it out, or do without strict to have such items skipped")
-
   def _admit(self, histories: Sequence[Iterable[Id]], strict: bool) -> list[np.ndarray]:
     """Returns the item numbers of each history; what is left out is logged, or refused."""
     numbered, unknown = self.number(histories)
-    if strict:
-      self.check_known(numbered, unknown)
+    for row, (numbers, missing) in enumerate(zip(numbered, unknown, strict=True)):
+      if strict and (missing or not len(numbers)):
+        raise ValueError(f"history {row} {f'has unknown items, {missing[:NAMED]}' if missing else 'is empty'}, and "
+                         "strict is set; leave it out, or do without strict to have such items skipped")
     missing = collections.Counter(itertools.chain.from_iterable(unknown))
     if missing:
       LOG.warning("%d items of the histories are not in the catalogue of %s and were skipped, %d different ones, such "
