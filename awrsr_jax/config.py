@@ -55,7 +55,7 @@ BOUNDS = {
     "train.epochs": (1, True), "train.batch_size": (1, True), "train.accumulate": (1, True),
     "train.steps_per_call": (1, True),
     "train.learning_rate": (0, False), "train.weight_decay": (0, True), "train.warmup_steps": (0, True),
-    "train.clip_norm": (0, False),
+    "train.clip_norm": (0, False), "model.awr.gate": (0, False),
     "train.patience": (1, True), "train.log_every": (1, True), "train.beta1": (0, True), "train.beta2": (0, True),
     "eval.every_epochs": (1, True), "eval.batch_size": (1, True), "eval.block_items": (1, True),
     "checkpoint.every_steps": (1, True), "mesh.model": (1, True),
@@ -130,6 +130,7 @@ def default() -> ml_collections.ConfigDict:
   model.awr.share_heads = False  # one slot table for all heads
   model.awr.correlation = config_dict.placeholder(str)  # dot | wasserstein; None: the preset's own
   model.awr.additive_on = "scores"  # scores | weights (gated)
+  model.awr.gate = config_dict.placeholder(float)  # value, additive on weights: keep 1 - g of A; g starts here, a head
   model.awr.value_projection = False  # value: multiply A by a learned [n, n] matrix that starts at the identity
 
   config.loss = loss = ml_collections.ConfigDict()
@@ -254,6 +255,9 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.awr.value_projection and model.refine != "value":
     raise ValueError(f"config.model.awr.value_projection needs config.model.refine=value, not {model.refine}")
   mixes = model.refine == "value" or (model.refine == "additive" and model.awr.additive_on == "weights")
+  if model.awr.gate is not None and not (mixes and model.awr.gate < 1):
+    raise ValueError(f"config.model.awr.gate={model.awr.gate} is the share of refined weights at the start, between 0 "
+                     "and 1, and needs config.model.refine=value, or additive with model.awr.additive_on=weights")
   squares = model.backbone == "stosa"
   if model.attention.implementation == "fused" and (model.awr.value_projection or (mixes and squares)):
     reason = ("config.model.awr.value_projection=True" if model.awr.value_projection else

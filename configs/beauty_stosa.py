@@ -2,7 +2,7 @@
 
     python -m awrsr_jax.main --config=configs/beauty_stosa.py --workdir=runs/beauty_stosa --config.data.path=FILE
 
-FILE as in configs/beauty.py. Result: test NDCG@10 .0405 after 100 epochs (seed 0); docs/results.md has the table.
+FILE as in configs/beauty.py. Result: test NDCG@10 .0405 after 100 epochs (seed 0); docs/stosa.md has the table.
 """
 
 import ml_collections

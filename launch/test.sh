@@ -7,7 +7,8 @@ Usage: bash launch/test.sh [flags of pytest]
 
 Makes .venv at the top level of the repository, installs requirements.txt into it (only when that has changed), and
 runs the tests there:
-  .venv/bin/python -m pytest -q [flags]
+  .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder   all, two files at a time
+  .venv/bin/python -m pytest -q [flags]    with flags
 
 Paths count from the top level, whatever the current directory.
 
@@ -23,4 +24,5 @@ fi
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+if [[ $# == 0 ]]; then set -- -n 2 --dist loadfile --no-loadscope-reorder; fi
 exec .venv/bin/python -m pytest -q "$@"

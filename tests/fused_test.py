@@ -18,9 +18,11 @@ from awrsr_jax.model.stosa import GaussianSelfAttention
 
 BATCH, LENGTH, N, WIDTH = 3, 19, 21, 8
 REAL = np.arange(LENGTH)[None] >= np.array([0, 12, LENGTH])[:, None]  # the last row is all padding
-MIXES = {"value", "value_shared", "value_wasserstein", "additive_on_weights", "additive_on_weights_wasserstein"}
+MIXES = {"value", "value_shared", "value_gated", "value_wasserstein", "additive_on_weights",
+         "additive_on_weights_wasserstein"}
 CASES = [("sasrec", variant, 1) for variant in VARIANTS if variant != "value_projection"]
-CASES += [("sasrec", variant, 2) for variant in ("simple", "value", "additive_on_scores", "additive_on_weights")]
+CASES += [("sasrec", variant, 2) for variant in ("simple", "value", "value_gated", "additive_on_scores",
+                                                 "additive_on_weights")]
 CASES += [(kind, variant, 1) for kind in ("stosa", "published") for variant in ("none", "simple", "additive_on_scores")]
 CASES += [("stosa", "stochastic", 1), ("stosa", "stochastic", 2)]
 BLOCKS = [(4, 2), (8, 8), (64, 8)]  # rows a block, programs: scanned, unrolled, a single block

@@ -23,7 +23,8 @@ ORDER = (
     "inference.top", "inference.explain", "inference.trained", "inference.histories", "inference.files",
     "inference.standalone", "inference.artefact",
     "analysis.runs", "analysis.significance", "analysis.figures", "analysis.maps", "analysis.report",
-    "main", "prepare", "describe", "baselines", "recommend", "export", "compare", "analyze",
+    "analysis.grid", "analysis.results",
+    "main", "prepare", "describe", "baselines", "recommend", "export", "compare", "analyze", "reproduce",
     "bench.contenders", "bench.measures", "bench.__main__",
 )
 FILES = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path

@@ -23,6 +23,7 @@ VARIANTS = {
     "none": {"refine": "none"},
     "simple": {"refine": "simple"},
     "value": {"refine": "value"},
+    "value_gated": {"refine": "value", "awr": {"gate": 0.3}},
     "additive_on_scores": {"refine": "additive", "awr": {"additive_on": "scores"}},
     "additive_on_weights": {"refine": "additive", "awr": {"additive_on": "weights"}},
     "stochastic": {"refine": "stochastic"},
@@ -143,7 +144,9 @@ def refine_by_loops(model: Any, params: Mapping[str, Any], head: int, scores: np
       weights = compared
     elif model.refine == "value":
       mixed = project_by_loops(weights, read("value"), mask) if model.awr.value_projection else weights
-      weights = mix_by_loops(compared, mixed)
+      compared = mix_by_loops(compared, mixed)
+      gate = 1 / (1 + np.exp(-float(np.ravel(params[f"order{order}_gate"])[head]))) if model.awr.gate else 1
+      weights = (1 - gate) * weights + gate * compared
     elif model.awr.additive_on == "scores":
       scores = scores + correlations  # of this order: the scores whose softmax the new weights are
       weights = weights_by_loops(scores, mask)
@@ -233,19 +236,39 @@ def test_zero_slot_tables_make_causal_means(variant, order):
         np.testing.assert_allclose(found[b, h, i], wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("bias, same_as", [(-100.0, "first order"), (100.0, "simple")])
-def test_gate_goes_from_first_order_to_simple(bias, same_as):
-  refinement, params = build("additive_on_weights", 1)
+@pytest.mark.parametrize("variant, other", [("additive_on_weights", "simple"), ("value_gated", "value")])
+def test_gate_goes_from_first_order_to_refined(variant, other):
+  refinement, params = build(variant, 1)
   scores, mask = draw_scores(9, 3, 5), mask_of(0, 2, 4, length=5)
-  gate = np.full_like(params["order1_gate"], bias)
-  gated = refinement.apply({"params": {**params, "order1_gate": gate}}, scores, mask)
   tables = {name: table for name, table in params.items() if name != "order1_gate"}
-  ends = {"first order": masked_softmax(scores, mask),
-          "simple": build("simple", 1)[0].apply({"params": tables}, scores, mask)}
-  np.testing.assert_allclose(gated, ends[same_as], atol=1e-6)
+  for bias, wanted in ((-100.0, masked_softmax(scores, mask)),
+                       (100.0, build(other, 1)[0].apply({"params": tables}, scores, mask))):
+    gate = np.full_like(params["order1_gate"], bias)
+    gated = refinement.apply({"params": {**params, "order1_gate": gate}}, scores, mask)
+    np.testing.assert_allclose(gated, wanted, atol=1e-6)
 
 
-def test_initial_values_are_half_open_gates_identity_projections_and_xavier_tables_per_head():
+@pytest.mark.parametrize("variant, start", [("additive_on_weights", 0.5), ("value_gated", 0.3)])
+def test_gates_start_where_the_config_says(variant, start):
+  scores = jnp.zeros((1, HEADS, 2, 2))
+  params = build_refinement(model_of(variant), N).init(jax.random.key(0), scores, scores[:, :1] == 0)["params"]
+  np.testing.assert_allclose(jax.nn.sigmoid(params["order1_gate"]), np.full((1, HEADS, 1, 1), start), rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant, dropped", [("value_gated", 1), ("additive_on_weights", 1), ("value", 0)])
+def test_what_a_gate_keeps_is_dropped_as_plain_attention_is(variant, dropped):
+  """With the gate shut a refinement is plain attention in training too, its dropout included."""
+  refinement, params = build(variant, 1)
+  scores, mask = draw_scores(9, 3, 5), mask_of(0, 0, 0, length=5)
+  odd = (jnp.arange(5) % 2)[None, None, None]
+  drop = lambda weights, rows: weights * odd  # noqa: E731 (odd columns stay)
+  shut = {name: np.full_like(x, -100.0) if name == "order1_gate" else x for name, x in params.items()}
+  kept, _ = refinement.apply({"params": shut}, scores, mask, drop, method="weights")
+  plain = masked_softmax(scores, mask) * odd
+  assert np.allclose(kept, plain, atol=1e-6) == bool(dropped)
+
+
+def test_initial_values_are_identity_projections_and_xavier_tables_per_head():
   scores, mask = jnp.zeros((1, 4, 2, 2)), jnp.ones((1, 1, 2, 2), bool)
   wide = dict(correlation="dot", heads=4, max_length=100, rank=50)
   params = Refinement(combine="value", value_projection=True, **wide).init(jax.random.key(0), scores, mask)["params"]
@@ -253,8 +276,6 @@ def test_initial_values_are_half_open_gates_identity_projections_and_xavier_tabl
   for role in ("query", "key"):
     np.testing.assert_allclose(np.std(params[f"order1_{role}"], axis=(1, 2)), (2 / 150) ** 0.5, rtol=0.05)
   assert not np.allclose(params["order1_query"], params["order1_key"])
-  params = Refinement(combine="additive", additive_on="weights", **wide).init(jax.random.key(0), scores, mask)["params"]
-  np.testing.assert_array_equal(np.ravel(params["order1_gate"]), np.zeros(4))
 
 
 def test_maps_sown_are_the_first_order_and_the_refined_weights():

@@ -10,6 +10,7 @@ left padding never matters.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,8 @@ class Refinement(nn.Module):
     share_heads: one slot table for all heads.
     additive_on: "scores" or "weights".
     value_projection: multiply A by a learned [H, n, n] matrix, the identity at first, before it is mixed.
+    gate: where g, the share of refined weights that is learned a head, starts; None: additive on weights .5, value
+      has none and keeps nothing of A.
   """
 
   combine: str | None
@@ -59,6 +62,7 @@ class Refinement(nn.Module):
   share_heads: bool = False
   additive_on: str = "scores"
   value_projection: bool = False
+  gate: float | None = None
 
   def setup(self) -> None:
     orders = range(1, self.order + 1) if self.combine else ()
@@ -66,8 +70,10 @@ class Refinement(nn.Module):
     shape = (1 if self.share_heads else self.heads, self.max_length, self.rank)
     self.tables = [[self.param(f"order{order}_{role}", table, shape) for role in ROLES[self.correlation]]
                    for order in orders]
-    if self._mixes and self.combine == "additive":
-      self.gates = [self.param(f"order{order}_gate", nn.initializers.zeros, (1, self.heads, 1, 1)) for order in orders]
+    if self._is_gated:
+      start = 0.5 if self.gate is None else self.gate
+      logit = nn.initializers.constant(math.log(start / (1 - start)))
+      self.gates = [self.param(f"order{order}_gate", logit, (1, self.heads, 1, 1)) for order in orders]
     if self.value_projection:
       identity = lambda key, shape: jnp.broadcast_to(jnp.eye(shape[-1]), shape)  # noqa: E731
       self.projections = [self.param(f"order{order}_value", identity, (self.heads, self.max_length, self.max_length))
@@ -77,6 +83,11 @@ class Refinement(nn.Module):
   def _mixes(self) -> bool:
     """Whether refined weights are sums of products of softmaxes, and not one softmax."""
     return self.combine == "value" or (self.combine == "additive" and self.additive_on == "weights")
+
+  @property
+  def _is_gated(self) -> bool:
+    """Whether a part of the weights before refinement is kept."""
+    return self._mixes and (self.combine == "additive" or self.gate is not None)
 
   def refuses_blocks(self, squares: bool) -> str:
     """Returns why `attend` cannot stand for `weights`, or "". `squares`: values are summed by squared weights too."""
@@ -97,7 +108,7 @@ class Refinement(nn.Module):
     Args:
       scores_BxHxLxL: first order.
       mask_Bx1xLxL: see causal_mask.
-      drop: falls on the last softmax, the one that the values meet.
+      drop: falls on the softmax that the values meet, on each way that a gate leaves open.
 
     Returns:
       The refined weights with and without what is dropped, float32, exactly 0 outside the mask.
@@ -117,13 +128,14 @@ class Refinement(nn.Module):
         weights = masked_softmax(scores, mask)
         kept = dropped(weights)
         continue
-      mixing, before = masked_softmax(correlation, mask), weights
+      before, mixing = (weights, kept), masked_softmax(correlation, mask)
+      weights, kept = mixing, dropped(mixing)
       if self.combine == "value":
-        before = self._project(before, mask, order)
-        weights, kept = mixing @ before, dropped(mixing) @ before
-      else:
+        projected = self._project(before[0], mask, order)
+        weights, kept = weights @ projected, kept @ projected
+      if self._is_gated:
         gate = nn.sigmoid(self.gates[order])
-        weights, kept = ((1 - gate) * before + gate * mix for mix in (mixing, dropped(mixing)))
+        weights, kept = ((1 - gate) * old + gate * new for old, new in zip(before, (weights, kept), strict=True))
     self.sow("intermediates", "refined", weights)
     return kept, weights
 
@@ -176,25 +188,33 @@ class Refinement(nn.Module):
                 if self.combine == "additive" else (query, key))
       return read(last(q), k, read=sum_values)
 
-    def sum_all(weights: jax.Array, kept: jax.Array, orders: slice) -> tuple[jax.Array, list[list[jax.Array]]]:
-      return sum_by(kept, values[0]), sum_tables(weights, orders)
+    # A [V, W], values and the tables of all orders side by side. The values twice: `kept` as they reach the output,
+    # each way with one softmax dropped, and `clean`, which a later softmax is to mix.
+    def sum_first(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:
+      return {"kept": sum_by(dropped(weights, rows), values[0]) if self._is_gated else None,
+              "clean": sum_by(weights, values[0]) if self.combine == "value" else None,
+              "tables": sum_tables(weights, slice(None))}
 
-    # A [V, W]: values and the tables of all orders side by side.
-    value, tables = read(q, k, read=lambda weights, _: sum_all(weights, weights, slice(None)))
+    sums = read(q, k, read=sum_first)
     for order in range(len(self.tables)):
-      (features, *tables), later = tables, slice(order + 1, None)
+      (features, *tables), is_last = sums["tables"], order + 1 == len(self.tables)
       query, key = self._as_dot(*features)
-      keep, cut = (dropped, last) if order + 1 == len(self.tables) else (lambda weights, _: weights, lambda x: x)
-      if self.combine == "value":  # (P A) [V, W] = P (A [V, W])
-        value, tables = read(cut(query), key, read=lambda weights, rows: jax.tree.map(
-            functools.partial(sum_by, keep(weights, rows)), (value, tables)))  # noqa: B023 (read at once)
-      else:  # (1 - g) A [V, W] + g P [V, W]
+      before = {"kept": sums["kept"], "clean": None if is_last else sums["clean"], "tables": tables}
+
+      def mix_value(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:  # (P A) [V, W] = P (A [V, W])
+        mix = functools.partial(sum_by, weights)
+        return jax.tree.map(mix, before) | {"kept": sum_by(dropped(weights, rows), sums["clean"])}  # noqa: B023
+
+      def mix_additive(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:  # P [V, W]
+        return {"kept": sum_by(dropped(weights, rows), values[0]), "clean": None,
+                "tables": sum_tables(weights, slice(order + 1, None))}  # noqa: B023
+
+      cut = last if is_last else lambda x: x
+      sums = read(cut(query), key, read=mix_value if self.combine == "value" else mix_additive)
+      if self._is_gated:
         gate = nn.sigmoid(self.gates[order]).swapaxes(0, 1)
-        mixed = read(cut(query), key, read=lambda weights, rows: sum_all(
-            weights, keep(weights, rows), later))  # noqa: B023
-        value, tables = jax.tree.map(
-            lambda old, new: ((1 - gate) * cut(old) + gate * new).astype(old.dtype), (value, tables), mixed)  # noqa: B023
-    return (value,)
+        sums = jax.tree.map(lambda old, new: ((1 - gate) * cut(old) + gate * new).astype(old.dtype), before, sums)  # noqa: B023
+    return (sums["kept"],)
 
   def _correlate(self, *features: jax.Array) -> jax.Array:
     """Returns S'_BxHxLxL: how alike the rows of an attention matrix are in the learned correlation space."""
@@ -231,4 +251,4 @@ def build_refinement(model: Any, max_length: int, name: str | None = None) -> Re
   return Refinement(
       combine=combine, correlation=model.awr.correlation or correlation, heads=model.heads, max_length=max_length,
       rank=model.awr.rank, order=model.awr.order, share_heads=model.awr.share_heads, additive_on=model.awr.additive_on,
-      value_projection=model.awr.value_projection, name=name)
+      value_projection=model.awr.value_projection, gate=model.awr.gate, name=name)

@@ -1,0 +1,86 @@
+"""The experiments behind docs/results.md, run and written by `python -m awrsr_jax.reproduce`; no config file.
+
+A row is named and says what differs from its table; the first is the one that others are compared with.
+"""
+
+from awrsr_jax.analysis.grid import Anchor, Cost, Table
+
+BEAUTY, SPORTS, ML1M = "amazon-beauty.txt", "amazon-sports.txt", "ml-1m.txt"
+
+NONE = {"none": {"model.refine": "none"}}
+VALUE = {"value": {"model.refine": "value"}}
+PAPER = NONE | {name: {"model.refine": name} for name in ("simple", "value", "additive")}
+ADDITIVE_ON_WEIGHTS = {"model.refine": "additive", "model.awr.additive_on": "weights"}
+ROWS = NONE | VALUE | {
+    "value gated": {"model.refine": "value", "model.awr.gate": 0.1},
+    "additive on weights gated": ADDITIVE_ON_WEIGHTS | {"model.awr.gate": 0.1},
+    "simple": {"model.refine": "simple"},
+    "additive on scores": {"model.refine": "additive", "model.awr.additive_on": "scores"},
+}
+
+# Optimizer, norm and dropout are those of the published SASRec on Amazon data (Kang and McAuley, 2018).
+PUBLISHED_SASREC = {"model.norm": "query", "model.dropout": 0.5, "loss.num_negatives": 1, "train.learning_rate": 1e-3,
+                    "train.batch_size": 128, "train.epochs": 200, "train.schedule": "constant",
+                    "eval.every_epochs": 10}
+STRONG = {"model.norm": "query", "train.learning_rate": 5e-4, "train.batch_size": 512, "train.epochs": 120,
+          "train.schedule": "constant", "eval.every_epochs": 5}
+
+STOSA_ON_BEAUTY = Anchor("STOSA", {"test ndcg@10": 0.0422, "test hr@10": 0.0724}, "RecBoard, 5 seeds")
+
+
+def pair(key: str, what: str, overrides: dict) -> Table:
+  """Returns a table of C: none and value where another part of the network is changed."""
+  return Table(key, f"Ablation on Beauty: {what}", "Does what refinement does depend on this part of the network? Both "
+               "rows are under the recipe of B, but for it.", "configs/beauty.py", NONE | VALUE, STRONG | overrides,
+               BEAUTY, seeds=(0, 1))
+
+
+def get_grid() -> list[Table | Cost]:
+  """Returns the tables."""
+  return [
+      *(Table(f"A {loss}", f"The paper's setting on Beauty: SASRec, {loss.upper()} with one negative",
+              "Does refinement help where the paper says so? The recipe is that of the published SASRec.",
+              "configs/beauty.py", PAPER, PUBLISHED_SASREC | {"loss.name": loss}, BEAUTY, anchors=[
+                  Anchor(f"SASRec {loss.upper()}", values, "CE-SCE-LLMRec logs, 5 seeds")]) for loss, values in (
+                      ("bpr", {"test ndcg@10": 0.0374, "test hr@10": 0.0688}),
+                      ("bce", {"test ndcg@10": 0.0353, "test hr@10": 0.0671}))),
+      Table("A stosa", "The paper's setting on Beauty: STOSA",
+            "The published network, loss and recipe, with every refinement. "
+            "[stosa.md](stosa.md) looks at what attention does there.",
+            "configs/beauty_stosa.py", PAPER | {"stochastic": {"model.refine": "stochastic"}}, {}, BEAUTY,
+            anchors=[STOSA_ON_BEAUTY]),
+      Table("B beauty", "The strongest setting: full softmax on Beauty",
+            "Does refinement add anything to a SASRec that is trained as well as we can? All items are negatives, and "
+            "dropout is high.", "configs/beauty.py", ROWS, STRONG, BEAUTY, anchors=[
+                Anchor("SASRec full CE", {"test ndcg@10": 0.0597, "test hr@10": 0.0986}, "CE-SCE-LLMRec logs, 5 seeds"),
+                Anchor("BSARec", {"test ndcg@10": 0.0609, "test hr@10": 0.1004}, "RecBoard, 5 seeds"),
+                Anchor("eSASRec", {"test ndcg@10": 0.0523, "test hr@10": 0.0928}, "transformer_benchmark README"),
+                STOSA_ON_BEAUTY]),
+      Table("B sports", "The strongest setting: full softmax on Sports",
+            "The same recipe on another corpus, with nothing tuned for it.",
+            "configs/sports.py", ROWS, STRONG, SPORTS, anchors=[
+                Anchor("BSARec", {"test ndcg@10": 0.0342}, "RecBoard"),
+                Anchor("eSASRec", {"test ndcg@10": 0.0323}, "transformer_benchmark README")]),
+      Table("B ml1m", "The strongest setting: ML-1M", "Long histories and a small catalogue; shared negatives.",
+            "configs/ml1m.py", ROWS, {}, ML1M, anchors=[
+                Anchor("SASRec, softmax over 3,000 negatives", {"test ndcg@10": 0.1857}, "antklen README"),
+                Anchor("HSTU-large", {"test ndcg@10": 0.1893}, "HSTU README, its own order of ties")]),
+      Table("C refinement", "Ablation on Beauty: the refinement itself",
+            "Which part of value refinement matters? The recipe is that of B; rank 64, order 1 and dot products unless "
+            "a row says otherwise.", "configs/beauty.py", NONE | {
+                name: {"model.refine": "value"} | overrides for name, overrides in {
+                    "value, rank 64": {"model.awr.rank": 64}, "value, rank 16": {"model.awr.rank": 16},
+                    "value, order 2": {"model.awr.order": 2},
+                    "value, Wasserstein correlation": {"model.awr.correlation": "wasserstein"},
+                    "value, projection": {"model.awr.value_projection": True},
+                    "value, gate .1": {"model.awr.gate": 0.1}, "value, gate .5": {"model.awr.gate": 0.5}}.items()},
+            STRONG, BEAUTY, seeds=(0, 1)),
+      Table("C heads", "Ablation on Beauty: two heads", "Does each head need a correlation space of its own? The "
+            "recipe is that of B, but for two heads.", "configs/beauty.py", NONE | VALUE | {
+                "value, shared by heads": {"model.refine": "value", "model.awr.share_heads": True}},
+            STRONG | {"model.heads": 2}, BEAUTY, seeds=(0, 1)),
+      *(pair(f"C layers {layers}", f"layers={layers}", {"model.layers": layers}) for layers in (1, 3)),
+      *(pair(f"C norm {norm}", f"norm={norm}", {"model.norm": norm}) for norm in ("pre", "post", "query")),
+      Cost("D", "Cost", "What the runs of B cost; times compare only between runs on one device.",
+           ("B beauty", "B sports", "B ml1m")),
+  ]
