@@ -1,4 +1,4 @@
-"""Prints the tables of docs/results.md from finished run folders: metrics, then validation over epochs.
+"""Prints the tables of docs/stosa.md from finished run folders: metrics, then validation over epochs.
 
   python docs/results_tables.py runs/beauty_stosa_none runs/beauty_stosa_value ...
 """

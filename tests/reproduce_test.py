@@ -1,4 +1,4 @@
-"""A declared grid: what is refused, which runs are made in which order, what stops them, and the page of results."""
+"""A declared grid: what is refused, which runs are made and in which order, what stops them, and the results page."""
 
 import json
 import os
