@@ -15,7 +15,9 @@ from absl import app, flags
 from etils import epath
 
 from awrsr_jax.analysis import maps, report, runs, significance
-from awrsr_jax.analysis.figures import FORMATS, FROM_RUNS, Drawing, Groups
+from awrsr_jax.analysis.attention import choose, measure_profile, read_histories
+from awrsr_jax.analysis.drawing import FORMATS, Drawing
+from awrsr_jax.analysis.figures import FROM_RUNS, Groups
 from awrsr_jax.engine.run_folder import write_bytes, write_text
 from awrsr_jax.inference import trained as models
 
@@ -29,7 +31,7 @@ def analyze(folders: Sequence[str], out: str | None = None, user: str | None = N
   Args:
     folders: of runs.
     out: a folder, made where there is none; None: RUN/analysis, of one run.
-    user: raw id of the user whose attention is drawn; None: see maps.choose.
+    user: raw id of the user whose attention is drawn; None: see attention.choose.
     users: histories that attention is averaged over.
     data_path: where the data of the runs lie now, for attention.
     formats: of figures, of "png" and "svg".
@@ -110,11 +112,11 @@ def look_at_attention(groups: Groups, user: str | None, users: int, data_path: s
   """
   seen, first = [], next(iter(groups.values()))[0]
   try:
-    histories = maps.read_histories(first, data_path)
+    histories = read_histories(first, data_path)
   except ValueError as error:
     left_out.append(f"attention: {error}")
     return seen
-  row = maps.choose(histories, user)
+  row = choose(histories, user)
   for name, members in groups.items():
     try:
       trained = models.load(members[0].folder)
@@ -123,7 +125,7 @@ def look_at_attention(groups: Groups, user: str | None, users: int, data_path: s
       continue
     is_refined = trained.config.model.refine != "none"
     drawings = maps.map_drawings(trained, histories, row) + maps.profile_drawings(
-        maps.measure_profile(trained, histories, users), is_refined)
+        measure_profile(trained, histories, users), is_refined)
     seen.append(report.Attention(name, members[0], name_files(drawings, name if len(groups) > 1 else "", len(seen))))
   return seen
 

@@ -4,12 +4,19 @@ import difflib
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 from absl import app
 
 from awrsr_jax import config as defaults
 from awrsr_jax.config import default, walk
+
+
+def suggest(key: str, known: Sequence[str]) -> str:
+  """Returns what may have been meant by a config key that does not exist; `known` are those that do."""
+  close = difflib.get_close_matches(key, known, n=3)
+  return f"did you mean {' or '.join(close)}?" if close else "awrsr_jax/config.py lists them all"
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -19,9 +26,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     name, _, value = flag.lstrip("-").partition("=")
     key = name.partition(".")[2]
     if name.startswith("config.") and key not in known:
-      close = difflib.get_close_matches(key, known, n=3)
-      sys.exit(f"ValueError: --{name}: the config has no such key; "
-               f"{'did you mean ' + ' or '.join(close) + '?' if close else 'awrsr_jax/config.py lists them all'}")
+      sys.exit(f"ValueError: --{name}: the config has no such key; {suggest(key, known)}")
     if name == "config" and value and not pathlib.Path(value.partition(":")[0]).exists():
       sys.exit(f"ValueError: --config={value}: no such file, seen from {pathlib.Path.cwd()}")
   return app.parse_flags_with_usage(argv)

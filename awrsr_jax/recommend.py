@@ -60,7 +60,7 @@ def run() -> None:
     write_similar(trained, SIMILAR.value, job)
     return
   if INPUT.value == "-" and sys.stdin.isatty():
-    LOG.info("reading histories from the terminal, a line each, such as %s", json.dumps(trained.item_ids[:3]))
+    LOG.info("reading histories from the terminal, a line each, such as %s", json.dumps(trained.catalogue.item_ids[:3]))
   began = time.monotonic()
   if OUTPUT.value == "-":
     write = functools.partial(print, end="", flush=True)
@@ -97,13 +97,13 @@ def read_ids(path: str, flag: str) -> tuple[str, ...]:
 def write_similar(trained: Trained, items: list[str], job: Job) -> None:
   """Prints the items that are similar to each of some items, as JSON lines or text."""
   for raw, found in zip(items, trained.similar(items, job.k, allow=job.allow, deny=job.deny), strict=True):
-    at = trained.numbers[raw] - 1
+    at = trained.catalogue.numbers[raw] - 1
     if TEXT.value:
-      print(f"similar to {raw} {trained.titles[at]}".rstrip())
+      print(f"similar to {raw} {trained.catalogue.titles[at]}".rstrip())
       print("\n".join(f"  {rank:3}  {item}  {score:9.4f}  {title}".rstrip()
                       for rank, (item, score, title) in enumerate(found, start=1)))
     else:
-      print(json.dumps({"item": trained.item_ids[at], "items": [one.item for one in found],
+      print(json.dumps({"item": trained.catalogue.item_ids[at], "items": [one.item for one in found],
                         "scores": [one.score for one in found], "titles": [one.title for one in found]},
                        ensure_ascii=False))
   sys.stdout.flush()

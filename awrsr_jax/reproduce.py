@@ -24,7 +24,8 @@ from absl import app, flags
 from etils import epath
 
 from awrsr_jax.analysis.grid import COMPLETE, Grid, Planned, load_grid, read_state, read_states
-from awrsr_jax.analysis.results import show, write_results
+from awrsr_jax.analysis.results import write_results
+from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.run_folder import read_json
 
@@ -182,7 +183,7 @@ def _log(planned: Planned, out: str) -> pathlib.Path:
 
 
 def _read_ndcg(planned: Planned, out: str) -> str:
-  return show(read_json(epath.Path(out) / planned.folder / "result.json")["test"]["ndcg@10"])
+  return show_metric(read_json(epath.Path(out) / planned.folder / "result.json")["test"]["ndcg@10"])
 
 
 def _explain(code: int, planned: Planned, out: str) -> str:

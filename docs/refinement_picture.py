@@ -21,7 +21,7 @@ def read_maps(workdir: str) -> dict[str, np.ndarray]:
   trained = load(workdir)
   batches = ranking_batches(prepared.load(trained.config.data), trained.config, "test")
   inputs = next(batch["inputs"] for batch in batches if batch["inputs"].shape[1] >= SHOWN)
-  layer = trained.explain([trained.item_ids[number - 1] for number in inputs[-1] if number]).layers[0]
+  layer = trained.read_layers(inputs[-1][inputs[-1] > 0])[0]
   return {name: getattr(layer, name)[0, -SHOWN:, -SHOWN:] for name in ("first_order", "refined")}
 
 

@@ -23,7 +23,7 @@ def log_p(trained, numbers):
   """log softmax of all scores, in float64; no padding anywhere."""
   scores = jax.jit(trained.backbone.apply)({"params": trained.params}, jnp.int32([numbers]))
   scores = np.asarray(scores, np.float64)[0, -1]
-  real = scores[1:len(trained.item_ids) + 1]
+  real = scores[1:len(trained.catalogue.item_ids) + 1]
   return np.concatenate([[np.nan], real - np.log(np.sum(np.exp(real)))])
 
 
@@ -35,8 +35,8 @@ def test_recommendations_are_those_of_recommend(trained):
 def test_an_effect_is_what_the_score_loses_without_the_item(trained):
   history = [5, 9, 5, 12]
   found = trained.explain(history, k=3)
-  numbers = [trained.numbers[str(raw)] for raw in history]
-  items = [trained.numbers[str(one.item)] for one in found.recommendations]
+  numbers = [trained.catalogue.numbers[str(raw)] for raw in history]
+  items = [trained.catalogue.numbers[str(one.item)] for one in found.recommendations]
   for at in range(4):
     without = numbers[:at] + numbers[at + 1:]
     wanted = log_p(trained, numbers)[items] - log_p(trained, without)[items]
@@ -51,15 +51,16 @@ def test_shares_are_of_what_speaks_for_the_item():
 def test_the_only_item_has_the_whole_share(trained):
   found = trained.explain([5], k=2)
   np.testing.assert_allclose(found.shares, 1)
-  items = [trained.numbers[str(one.item)] for one in found.recommendations]
-  wanted = log_p(trained, [trained.numbers["5"]])[items] + np.log(len(trained.item_ids))
+  items = [trained.catalogue.numbers[str(one.item)] for one in found.recommendations]
+  wanted = log_p(trained, [trained.catalogue.numbers["5"]])[items] + np.log(len(trained.catalogue.item_ids))
   np.testing.assert_allclose(found.effects[:, 0], wanted, atol=1e-4)
 
 
 def test_weights_are_those_of_the_model(trained):
   history = [5, 9, 7, 12]
   found = trained.explain(history)
-  maps = attention_maps(trained.backbone, trained.params, jnp.int32([[trained.numbers[str(raw)] for raw in history]]))
+  numbers = [trained.catalogue.numbers[str(raw)] for raw in history]
+  maps = attention_maps(trained.backbone, trained.params, jnp.int32([numbers]))
   assert len(found.layers) == trained.config.model.layers == len(maps)
   for layer, weights in zip(found.layers, maps, strict=True):
     np.testing.assert_allclose(layer.first_order, weights["first_order"][0], atol=1e-6)

@@ -21,7 +21,7 @@ from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.train import train
 from awrsr_jax.inference import artefact, standalone
 from awrsr_jax.inference.artefact import export, on_one_device
-from awrsr_jax.inference.standalone import Recommender
+from awrsr_jax.inference.standalone import Catalogue, Recommender
 from awrsr_jax.inference.trained import Trained, load
 from awrsr_jax.model.backbones import build_backbone
 
@@ -70,8 +70,8 @@ def make_trained(changes, items=40):
   params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
   mesh = meshes.make_mesh(types.SimpleNamespace(data=1, model=1))
   corpus = {"name": "made", "fingerprint": "0" * 64, "split": {"words": "leave-one-out"}}
-  return on_one_device(Trained("nowhere", 3, {"corpus": corpus}, config, backbone, params, mesh,
-                               list(range(101, 101 + items)), [""] * items), "cpu")
+  catalogue = Catalogue(list(range(101, 101 + items)), [""] * items, "nowhere")
+  return on_one_device(Trained("nowhere", 3, {"corpus": corpus}, config, backbone, params, mesh, catalogue), "cpu")
 
 
 def draw(ids, lengths, seed=0):
@@ -146,7 +146,7 @@ def copied(made, tmp_path):
 
 
 def test_a_fresh_process_gives_what_the_live_model_gives(live, made):
-  ids, n = live.item_ids, live.config.data.max_length
+  ids, n = live.catalogue.item_ids, live.config.data.max_length
   calls = [
       [draw(ids, [3]), {}],
       [draw(ids, [1, 2, 0, n, n + 1, 5 * n, 4]), {"k": K}],
@@ -175,7 +175,7 @@ def variants(tmp_path_factory):
     path.mkdir()
     artefact.write_folder(path, model, 10, artefact.export_program(model, 10, artefact.PLATFORMS))
     lengths = np.arange(16) * 2 * model.config.data.max_length // 15
-    jobs.append((path, [[draw(model.item_ids, lengths), {}]]))
+    jobs.append((path, [[draw(model.catalogue.item_ids, lengths), {}]]))
   return {name: (trained[name], *job, *found) for name, job, found in zip(trained, jobs, serve(jobs), strict=True)}
 
 

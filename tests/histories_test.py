@@ -18,20 +18,17 @@ from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared, rules
 from awrsr_jax.inference import histories as reading
 from awrsr_jax.inference.histories import find_files, read_histories
-from awrsr_jax.inference.trained import Trained
+from awrsr_jax.inference.standalone import Catalogue
 
 
 def make_trained(item_ids, **values):
-  """What the readers need of a trained model: its config and the numbers of its items."""
+  """What the readers need of a trained model: its config and its catalogue."""
   config = tiny_config.get_config()
   config.data.name = ""
   config.data.path = "log.csv"
   config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
-  numbers = {str(raw): number for number, raw in enumerate(item_ids, start=1)}
-  model = types.SimpleNamespace(config=ml_collections.FrozenConfigDict(config), numbers=numbers, item_ids=item_ids)
-  model.number = lambda found: Trained.number(model, found)
-  model._check_list = Trained._check_list
-  return model
+  return types.SimpleNamespace(config=ml_collections.FrozenConfigDict(config),
+                               catalogue=Catalogue(item_ids, [""] * len(item_ids), "nowhere"))
 
 
 @pytest.fixture
@@ -172,8 +169,9 @@ def expect(path, trained, **values):
                                      **values})
   corpus = prepared.load(finalize(config).data)
   raw = [[corpus.item_ids[number] for number in corpus.history(user)] for user in range(corpus.num_users)]
-  return [(user, [trained.numbers[str(item)] for item in items if str(item) in trained.numbers],
-           [item for item in items if str(item) not in trained.numbers])
+  known = trained.catalogue.numbers
+  return [(user, [known[str(item)] for item in items if str(item) in known],
+           [item for item in items if str(item) not in known])
           for user, items in zip(corpus.user_ids.tolist(), raw, strict=True)]
 
 
@@ -250,7 +248,7 @@ def test_rules_of_the_run_hold_but_for_k_core_and_max_history(tmp_path):
     trained = make_trained([f"i{number}" for number in range(1, 31)], data__k_core=9, data__max_history=2, **values)
     whole = expect(tmp_path / "log.csv", trained, **{"data.split.name": "time"})  # which takes histories of one item
     assert read(tmp_path / "log.csv", trained) == whole
-    assert whole != expect(tmp_path / "log.csv", make_trained(trained.item_ids))
+    assert whole != expect(tmp_path / "log.csv", make_trained(trained.catalogue.item_ids))
 
 
 def test_columns_of_the_run_and_those_of_flags(tmp_path):

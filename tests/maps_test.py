@@ -10,7 +10,8 @@ import pytest
 import tiny_config
 from matplotlib.collections import PolyCollection
 
-from awrsr_jax.analysis import figures, maps, runs
+from awrsr_jax.analysis import attention, maps, runs
+from awrsr_jax.analysis.drawing import to_svg
 from awrsr_jax.config import restore
 from awrsr_jax.data import prepared
 from awrsr_jax.engine.train import train
@@ -66,13 +67,13 @@ def trained(workdir):
 
 @pytest.fixture(scope="module")
 def histories(run):
-  return maps.read_histories(run)
+  return attention.read_histories(run)
 
 
 @pytest.fixture
 def strange_lengths(histories):
   """Returns a function: the histories of some rows only."""
-  return lambda rows: maps.Histories(histories.corpus, histories.users[rows], histories.ends[rows])
+  return lambda rows: attention.Histories(histories.corpus, histories.users[rows], histories.ends[rows])
 
 
 def test_histories_are_what_comes_before_each_test_target(histories):
@@ -86,20 +87,20 @@ def test_histories_are_what_comes_before_each_test_target(histories):
 
 def test_the_default_user_is_of_median_length_among_the_long_ones(histories, strange_lengths):
   long = sorted((int(length), row) for row, length in enumerate(histories.lengths) if length >= 10)
-  assert maps.choose(histories) == long[(len(long) - 1) // 2][1]
+  assert attention.choose(histories) == long[(len(long) - 1) // 2][1]
   short = np.flatnonzero(histories.lengths < 10)
-  assert strange_lengths(short).lengths[maps.choose(strange_lengths(short))] == histories.lengths[short].max()
+  assert strange_lengths(short).lengths[attention.choose(strange_lengths(short))] == histories.lengths[short].max()
 
 
 def test_a_user_is_found_by_raw_id(histories):
-  assert maps.choose(histories, "who07") == 7
+  assert attention.choose(histories, "who07") == 7
   with pytest.raises(ValueError, match="--user=7: .*log.csv.* has no such user; its 42 raw ids are like who00, who01"):
-    maps.choose(histories, "7")
+    attention.choose(histories, "7")
 
 
 def test_a_user_without_a_history_is_refused(strange_lengths):
   with pytest.raises(ValueError, match="--user=who07 has no history before a test target .*like who01, who02"):
-    maps.choose(strange_lengths(np.array([1, 2])), "who07")
+    attention.choose(strange_lengths(np.array([1, 2])), "who07")
 
 
 def test_data_that_are_not_there_are_one_clear_error(run, workdir, tmp_path):
@@ -107,36 +108,36 @@ def test_data_that_are_not_there_are_one_clear_error(run, workdir, tmp_path):
   shutil.copy(workdir / "log.csv", moved)
   gone = runs.Run(run.folder, run.config | {"data.path": str(tmp_path / "gone.csv")}, run.corpus, [], run.result)
   with pytest.raises(ValueError, match="cannot be read from .*gone.csv.*--data_path=PATH says where the data lie now"):
-    maps.read_histories(gone)
-  assert maps.read_histories(gone, str(moved)).lengths.tolist() == maps.read_histories(run).lengths.tolist()
+    attention.read_histories(gone)
+  assert attention.read_histories(gone, str(moved)).lengths.tolist() == attention.read_histories(run).lengths.tolist()
 
 
 def test_other_data_are_refused(run, tmp_path):
   write_log(tmp_path / "other.csv", users=41)
   with pytest.raises(ValueError, match="other.csv is not the data of .*the corpus differ, 41 users .*42 and 30"):
-    maps.read_histories(run, str(tmp_path / "other.csv"))
+    attention.read_histories(run, str(tmp_path / "other.csv"))
 
 
 def test_histories_of_a_prepared_folder_are_the_same(run, histories, tmp_path):
   data = restore(run.config, "the run").data
   prepared.prepare(data, tmp_path / "prepared", 1 << 28)
-  found = maps.read_histories(run, str(tmp_path / "prepared"))
+  found = attention.read_histories(run, str(tmp_path / "prepared"))
   rows = np.array([0, 5, 13, 41])
   np.testing.assert_array_equal(found.newest(rows, 12), histories.newest(rows, 12))
-  assert maps.choose(found) == maps.choose(histories)
+  assert attention.choose(found) == attention.choose(histories)
 
 
 def profile_by_loop(trained, histories, rows, n=12):
-  """Returns queries, attention and entropy as in maps.Profile, one history, layer, head and query at a time."""
+  """Returns queries, attention and entropy as in attention.Profile, one history, layer, head and query at a time."""
   layers, heads = trained.config.model.layers, trained.config.model.heads
-  queries, attention, entropy = np.zeros(n), {}, {}
+  queries, mass, entropy = np.zeros(n), {}, {}
   for row in rows:
     length = min(int(histories.lengths[row]), n)
     inputs = histories.newest(np.array([row]), length)
     queries[:length] += 1
     for layer, found in enumerate(attention_maps(trained.backbone, trained.params, inputs)):
       for name, weights in found.items():
-        by_distance = attention.setdefault(name, np.zeros((layers, heads, n)))
+        by_distance = mass.setdefault(name, np.zeros((layers, heads, n)))
         by_keys = entropy.setdefault(name, np.zeros((layers, heads, n)))
         for head in range(heads):
           for query in range(length):
@@ -144,20 +145,20 @@ def profile_by_loop(trained, histories, rows, n=12):
               weight = float(weights[0, head, query, key])
               by_distance[layer, head, query - key] += weight
               by_keys[layer, head, query] -= weight * np.log2(weight) if weight > 0 else 0
-  return (queries, {name: x / queries.sum() for name, x in attention.items()},
+  return (queries, {name: x / queries.sum() for name, x in mass.items()},
           {name: x / queries for name, x in entropy.items()})
 
 
 @pytest.mark.parametrize("most_users, most_bytes", [(64, 1 << 27), (3, 1 << 27), (64, 1 << 13)])
 def test_profiles_are_those_of_a_loop_whatever_the_batches(most_users, most_bytes, trained, histories, monkeypatch):
-  monkeypatch.setattr(maps, "MOST_USERS", most_users)
-  monkeypatch.setattr(maps, "MOST_BYTES", most_bytes)
+  monkeypatch.setattr(attention, "MOST_USERS", most_users)
+  monkeypatch.setattr(attention, "MOST_BYTES", most_bytes)
   rows = np.random.default_rng(3).permutation(42)[:11]
-  profile = maps.measure_profile(trained, histories, 11, seed=3)
-  queries, attention, entropy = profile_by_loop(trained, histories, rows)
+  profile = attention.measure_profile(trained, histories, 11, seed=3)
+  queries, mass, entropy = profile_by_loop(trained, histories, rows)
   assert profile.users == 11 and profile.queries.tolist() == queries.tolist()
   for name in ("first_order", "refined"):
-    np.testing.assert_allclose(profile.attention[name], attention[name], atol=1e-6)
+    np.testing.assert_allclose(profile.attention[name], mass[name], atol=1e-6)
     np.testing.assert_allclose(profile.entropy[name], entropy[name], atol=1e-5)
     np.testing.assert_allclose(profile.attention[name].sum(axis=-1), 1, atol=1e-6)
     np.testing.assert_allclose(profile.relative(name)[..., 1:], entropy[name][..., 1:] / np.log2(np.arange(2, 13)),
@@ -166,7 +167,7 @@ def test_profiles_are_those_of_a_loop_whatever_the_batches(most_users, most_byte
 
 
 def test_all_users_are_taken_where_there_are_fewer(trained, histories):
-  profile = maps.measure_profile(trained, histories, 512)
+  profile = attention.measure_profile(trained, histories, 512)
   assert profile.users == 42
   assert profile.queries.sum() == np.minimum(histories.lengths, 12).sum()
 
@@ -175,12 +176,12 @@ def test_entropy_of_even_weights_is_the_logarithm_of_their_number():
   for keys in (1, 2, 5, 8):
     weights = np.zeros((3, 8), np.float32)
     weights[:, :keys] = 1 / keys
-    np.testing.assert_allclose(maps.entropy_bits(weights), np.log2(keys), atol=1e-6)
+    np.testing.assert_allclose(attention.entropy_bits(weights), np.log2(keys), atol=1e-6)
 
 
 def test_maps_show_the_weights_of_the_newest_items(trained, histories, monkeypatch):
   monkeypatch.setattr(maps, "SHOWN", 6)
-  row = maps.choose(histories, "who13")
+  row = attention.choose(histories, "who13")
   numbers = histories.newest(np.array([row]), 12)
   found = attention_maps(trained.backbone, trained.params, numbers)
   drawings = maps.map_drawings(trained, histories, row)
@@ -202,7 +203,7 @@ def test_maps_show_the_weights_of_the_newest_items(trained, histories, monkeypat
 
 
 def test_rows_of_a_map_of_a_whole_history_sum_to_one(trained, histories):
-  [drawing, _] = maps.map_drawings(trained, histories, maps.choose(histories, "who06"))
+  [drawing, _] = maps.map_drawings(trained, histories, attention.choose(histories, "who06"))
   sums = {}
   for query, _, *values in drawing.rows:
     sums[query] = sums.get(query, 0) + np.array(values)
@@ -213,7 +214,7 @@ def test_rows_of_a_map_of_a_whole_history_sum_to_one(trained, histories):
 
 
 def test_labels_are_short_titles_or_raw_ids(trained, histories):
-  [drawing, _] = maps.map_drawings(trained, histories, maps.choose(histories, "who13"))
+  [drawing, _] = maps.map_drawings(trained, histories, attention.choose(histories, "who13"))
   labels = {label.get_text() for axes in drawing.figure.axes for label in axes.get_yticklabels()}
   names = {row[0] for row in drawing.rows}
   assert "A Very Long Title of a Film (1999)" in names and "A Very Long Title…" in labels
@@ -224,11 +225,11 @@ def test_labels_are_short_titles_or_raw_ids(trained, histories):
 def test_without_refinement_one_map_and_one_line_are_drawn(histories, workdir, tmp_path):
   train(own_config(workdir / "log.csv", "none"), tmp_path / "none")
   plain = models.load(tmp_path / "none")
-  [drawing, _] = maps.map_drawings(plain, histories, maps.choose(histories, "who13"))
+  [drawing, _] = maps.map_drawings(plain, histories, attention.choose(histories, "who13"))
   assert drawing.columns == ("query", "key", "head 1, attention", "head 2, attention")
   assert sum(isinstance(collection, PolyCollection) for axes in drawing.figure.axes
              for collection in axes.collections) == 2  # heads
-  profile = maps.measure_profile(plain, histories, 8)
+  profile = attention.measure_profile(plain, histories, 8)
   np.testing.assert_array_equal(profile.attention["first_order"], profile.attention["refined"])
   for drawing in maps.profile_drawings(profile, is_refined=False):
     labels = [line.get_label() for line in drawing.figure.axes[0].lines if not line.get_label().startswith("_")]
@@ -236,11 +237,11 @@ def test_without_refinement_one_map_and_one_line_are_drawn(histories, workdir, t
 
 
 def test_profiles_are_drawn_by_layer_with_heads_and_their_mean(trained, histories):
-  profile = maps.measure_profile(trained, histories, 42)
+  profile = attention.measure_profile(trained, histories, 42)
   drawings = {drawing.key: drawing for drawing in maps.profile_drawings(profile, is_refined=True)}
   assert list(drawings) == ["attention_by_distance", "attention_entropy", "attention_entropy_relative"]
   for layer, axes in enumerate(drawings["attention_by_distance"].figure.axes[:2]):
-    for name, label in maps.NAMES.items():
+    for name, label in attention.NAMES.items():
       [thick] = [line for line in axes.lines if line.get_label() == label]
       np.testing.assert_allclose(thick.get_ydata(), profile.attention[name][layer].mean(axis=0))
     thin = [line.get_ydata() for line in axes.lines if line.get_linewidth() < 1]
@@ -255,8 +256,8 @@ def test_profiles_are_drawn_by_layer_with_heads_and_their_mean(trained, historie
 
 
 def test_drawings_have_the_same_bytes_each_time(trained, histories):
-  make = lambda: [figures.to_svg(drawing) for drawing in maps.map_drawings(trained, histories, 6) +  # noqa: E731
-                  maps.profile_drawings(maps.measure_profile(trained, histories, 9), True)]
+  make = lambda: [to_svg(drawing) for drawing in maps.map_drawings(trained, histories, 6) +  # noqa: E731
+                  maps.profile_drawings(attention.measure_profile(trained, histories, 9), True)]
   assert make() == make()
 
 

@@ -15,6 +15,8 @@ import pytest
 from figures_test import make_groups, write_run
 
 from awrsr_jax.analysis import figures, report, runs, significance
+from awrsr_jax.analysis.drawing import Drawing
+from awrsr_jax.analysis.page import STYLE, SVG
 from awrsr_jax.config import default, walk
 
 CHROMIUM = "/usr/bin/chromium"
@@ -60,7 +62,7 @@ class Reader(html.parser.HTMLParser):
 def fake_attention(groups):
   """Returns attention of the first group without a model, with texts that want to be markup."""
   curves = [figures.Curve(NASTY, np.arange(3), np.arange(3.0), None)] * 2
-  drawing = figures.Drawing("fake", NASTY, f"Caption {NASTY}", figures.draw_curves(curves, NASTY, NASTY),
+  drawing = Drawing("fake", NASTY, f"Caption {NASTY}", figures.draw_curves(curves, NASTY, NASTY),
                             (NASTY, "value"), [(NASTY, 0.25), ("nothing", float("nan"))])
   name, members = next(iter(groups.items()))
   return [report.Attention(name, members[0], [drawing])]
@@ -107,7 +109,7 @@ def check(text):
   assert len(page.find("table")) == len(page.find("caption")) > 0
   assert all(element["@scope"] in ("row", "col") for element in page.find("th"))
   for element in page.find("svg"):
-    assert element["@role"] == "img" and element["@aria-labelledby"] and element["@xmlns"] == report.SVG
+    assert element["@role"] == "img" and element["@aria-labelledby"] and element["@xmlns"] == SVG
   drawn = len(page.find("svg"))
   for tag in ("figure", "figcaption", "desc", "details", "summary"):
     assert len(page.find(tag)) == drawn, tag
@@ -261,7 +263,7 @@ def luminance(colour):
 
 @pytest.mark.parametrize("which", [0, 1], ids=["light", "dark"])
 def test_colours_have_contrast(which):
-  blocks = re.findall(r":root \{([^}]*)\}", report.STYLE)
+  blocks = re.findall(r":root \{([^}]*)\}", STYLE)
   assert len(blocks) == 2
   colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", blocks[which]))
   for ink in ("ink", "faint", "link", "focus"):

@@ -18,6 +18,7 @@ from awrsr_jax import reproduce
 from awrsr_jax.analysis import grid as grids
 from awrsr_jax.analysis import results, runs, significance
 from awrsr_jax.analysis.grid import COMPLETE, DIFFERS, MISSING, STARTED, Anchor, Cost, Table, make_grid, read_state
+from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.config import walk
 from awrsr_jax.engine import processes, ranking
 from awrsr_jax.engine.run_folder import nest
@@ -238,7 +239,7 @@ def test_complete_runs_are_skipped_and_each_new_one_is_reported(tmp_path, capsys
   fake, failed = go(grid, tmp_path)
   assert fake.started == ["T one/none/seed_0", "T one/none/seed_1", "T one/value/seed_1"] and failed == []
   assert fake.after == 3 and fake.most == 1
-  ndcg = results.show(ranking.summarize(RANKS)["ndcg@10"])
+  ndcg = show_metric(ranking.summarize(RANKS)["ndcg@10"])
   assert f"T one/none/seed_1: test NDCG@10 {ndcg}, 0.0 minutes" in capsys.readouterr().out
   assert go(grid, tmp_path)[0].started == []
 
@@ -405,8 +406,8 @@ def test_p_values_are_corrected_for_all_rows_also_over_other_seeds(tmp_path):
     read = {name: [runs.read_run(tmp_path / "out" / planned.folder) for planned in grid.by_row["T one", name][:seeds]]
             for name in ("none", row)}
     p.append(significance.compare(read)["metrics"]["ndcg@10"][row]["p"])
-  assert [cells[row]["p (Holm)"] for row in ("value", "deep")] == list(map(
-      results.show, significance.correct_holm(p)))
+  assert [cells[row]["p (Holm)"] for row in ("value", "deep")] == list(
+      map(show_metric, significance.correct_holm(p)))
 
 
 def test_rows_without_a_common_seed_or_without_ranks_are_not_compared(tmp_path):
@@ -505,7 +506,7 @@ def test_stopped_killed_and_ended_by_the_same_command(tmp_path):
   page = (tmp_path / "results.md").read_bytes()
   said = json.loads((folder / "result.json").read_text())["test"]["ndcg@10"]
   line = next(line for line in page.decode().splitlines() if line.startswith("| none | 1/1 |"))
-  assert line.split(" | ")[5] == results.show(said)
+  assert line.split(" | ")[5] == show_metric(said)
 
   began = time.monotonic()
   process = start(tmp_path)

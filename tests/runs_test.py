@@ -69,7 +69,10 @@ def test_a_key_that_a_run_did_not_know_has_its_default(tmp_path):
     ("config.json", None, "is no run folder.*--workdir"), ("result.json", None, "not complete, it has no result.json"),
     ("corpus.json", None, "corpus.json cannot be read"), ("metrics.jsonl", None, "metrics.jsonl cannot be read"),
     ("config.json", "{", "config.json cannot be read"), ("result.json", "", "result.json cannot be read"),
-    ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl:2 is damaged")])
+    ("metrics.jsonl", json.dumps(LINES[0]) + '\n{"st', "metrics.jsonl:2 is damaged"),
+    ("metrics.jsonl", json.dumps(LINES[0]) + "\n5\n", "metrics.jsonl:2 is damaged .*no object.*take the line out"),
+    ("metrics.jsonl", '["step", "epoch", "split"]', "metrics.jsonl:1 is damaged"),
+    ("metrics.jsonl", '{"step": 1, "split": "train"}', "metrics.jsonl:1 is damaged")])
 def test_what_is_missing_or_damaged_is_named(name, content, words, tmp_path):
   folder = write_run(tmp_path / "a")
   runs.read_run(folder)

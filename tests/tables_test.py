@@ -181,6 +181,26 @@ def test_after_an_open_quote_nothing_is_left_out(tmp_path):
       read(path, on_bad_row=on_bad_row)
 
 
+@pytest.mark.parametrize("row", ['"v" "x",j,2', '"v\nw"  "x",j,2', 'u, "j" "",2', 'u,j,"1" "2"',
+                                 '"v" "x","j,2'])
+def test_two_values_in_quotes_are_not_made_one(tmp_path, row):
+  path = write(tmp_path, "a.csv", f'user,item,time\n"u\n",i,1\n{row}\nw,k,3\n')
+  for on_bad_row in ("error", "skip"):
+    with pytest.raises(ValueError, match=r"a.csv:4: .*two values in quotes without a ',' between them"):
+      read(path, on_bad_row=on_bad_row)
+
+
+@pytest.mark.parametrize("value, expected", [
+    ('"a "" ""b"', 'a " "b'), ('"a, "" """', 'a, " "'), ('v "x" "y"', 'v "x" "y"'), ('"v" ', "v"), ('" "', None)])
+def test_quotes_and_spaces_within_a_value_are_kept(tmp_path, value, expected):
+  path = write(tmp_path, "a.csv", f'user,item,time\nu,"i" ,1\nu,{value},2\n')
+  if expected is None:
+    with pytest.raises(ValueError, match="a.csv:3: .*item"):
+      read(path)
+  else:
+    assert read(path)[0] == [("u", "i", 1), ("u", expected, 2)]
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", "", r"a.csv has no lines \(0 bytes\)"),
     ("a.csv", "user,item,time\n", r"a.csv has no interactions \(0 rows"),

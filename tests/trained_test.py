@@ -59,17 +59,18 @@ def plain_scores(trained, numbers):
   numbers = numbers[-trained.config.data.max_length:]
   inputs = np.zeros((1, trained.config.data.max_length), np.int32)
   inputs[0, inputs.shape[1] - len(numbers):] = numbers
-  return np.array(trained.backbone.apply({"params": trained.params}, inputs))[0, -1, :len(trained.item_ids) + 1]
+  scores = np.array(trained.backbone.apply({"params": trained.params}, inputs))
+  return scores[0, -1, :len(trained.catalogue.item_ids) + 1]
 
 
 def test_recommendations_are_the_best_items_outside_of_the_history(trained):
   for history in (["i3"], ["i5", "i9", "i5", "i2"], [f"i{number}" for number in range(1, 30)]):
     [found] = trained.recommend([history], k=6)
-    numbers = [trained.numbers[raw] for raw in history]
+    numbers = [trained.catalogue.numbers[raw] for raw in history]
     scores = plain_scores(trained, numbers)
     scores[numbers] = -np.inf
     best = np.argsort(-scores, kind="stable")[:6]
-    assert [one.item for one in found] == [trained.item_ids[number - 1] for number in best]
+    assert [one.item for one in found] == [trained.catalogue.item_ids[number - 1] for number in best]
     np.testing.assert_allclose([one.score for one in found], scores[best], rtol=1e-5, atol=1e-6)
     assert [one.title for one in found] == [TITLES.get(one.item, "") for one in found]
 
@@ -113,10 +114,10 @@ def test_recommended_targets_have_the_ranks_of_the_run(run):
 
 def test_seen_items_are_left_out_unless_they_are_asked_for(trained):
   history = ["i3", "i4", "i5"]
-  everything = len(trained.item_ids)
+  everything = len(trained.catalogue.item_ids)
   [without], [included] = (trained.recommend([history], k=everything, exclude_seen=seen) for seen in (True, False))
-  assert {one.item for one in included} == set(trained.item_ids)
-  assert {one.item for one in without} == set(trained.item_ids) - set(history)
+  assert {one.item for one in included} == set(trained.catalogue.item_ids)
+  assert {one.item for one in without} == set(trained.catalogue.item_ids) - set(history)
 
 
 def test_items_of_a_history_beyond_the_longest_input_count_as_seen(trained):
@@ -174,11 +175,11 @@ def test_any_sequence_is_a_history(trained):
 
 def test_similar_items_are_those_of_the_closest_vectors(trained):
   [found] = trained.similar(["i7"], k=5)
-  table = np.asarray(trained.params["embedding"]["item_table"], np.float64)[1:len(trained.item_ids) + 1]
+  table = np.asarray(trained.params["embedding"]["item_table"], np.float64)[1:len(trained.catalogue.item_ids) + 1]
   unit = table / np.linalg.norm(table, axis=1, keepdims=True)
-  cosine = unit @ unit[trained.numbers["i7"] - 1]
-  cosine[trained.numbers["i7"] - 1] = -np.inf
-  assert [one.item for one in found] == [trained.item_ids[at] for at in np.argsort(-cosine)[:5]]
+  cosine = unit @ unit[trained.catalogue.numbers["i7"] - 1]
+  cosine[trained.catalogue.numbers["i7"] - 1] = -np.inf
+  assert [one.item for one in found] == [trained.catalogue.item_ids[at] for at in np.argsort(-cosine)[:5]]
   np.testing.assert_allclose([one.score for one in found], np.sort(cosine)[::-1][:5], atol=1e-6)
   with pytest.raises(ValueError, match=r"unknown items \['x'\]"):
     trained.similar(["x"])

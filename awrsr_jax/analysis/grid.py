@@ -6,7 +6,6 @@ two tables that resolve to one config are one experiment: it is run once, in the
 """
 
 import dataclasses
-import difflib
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from awrsr_jax.analysis.runs import SHARED
+from awrsr_jax.command import suggest
 from awrsr_jax.config import default, finalize, walk
 from awrsr_jax.engine.run_folder import read_json
 
@@ -260,9 +260,7 @@ def resolve(config: Any, overrides: dict[str, Any], seed: int, where: str) -> di
   known = [key for key, _ in walk(default())]
   for key, value in overrides.items():
     if key not in known:
-      close = difflib.get_close_matches(key, known, n=3)
-      way_out = f"did you mean {' or '.join(close)}?" if close else "awrsr_jax/config.py lists them all"
-      raise ValueError(f"{where}: the config has no key {key!r}; {way_out}")
+      raise ValueError(f"{where}: the config has no key {key!r}; {suggest(key, known)}")
     if key in NOT_A_ROW:
       raise ValueError(f"{where}: {key} is no override; seeds and data of a table are fields of their own")
     if value is None:

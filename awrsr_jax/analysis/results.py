@@ -15,8 +15,10 @@ from typing import Any
 from etils import epath
 
 from awrsr_jax.analysis import figures, significance
+from awrsr_jax.analysis.drawing import Drawing, to_svg
 from awrsr_jax.analysis.grid import COMPLETE, METRICS, MISSING, STARTED, Anchor, Cost, Grid, Planned, Table, read_states
 from awrsr_jax.analysis.runs import Run, check_comparable, read_run
+from awrsr_jax.analysis.text import plain, show_metric, show_spread
 from awrsr_jax.engine.run_folder import write_bytes, write_text
 
 COMPARED = "ndcg@10"
@@ -59,13 +61,13 @@ def write_results(grid: Grid, out: str | os.PathLike[str], path: str | os.PathLi
     if drawings:
       path.with_suffix("").mkdir(exist_ok=True)
     for drawing in drawings:
-      write_bytes(path.with_suffix("") / f"{drawing.key}.svg", figures.to_svg(drawing))
+      write_bytes(path.with_suffix("") / f"{drawing.key}.svg", to_svg(drawing))
     write_text(path, text)
   except OSError as error:
     raise ValueError(f"--results={path} cannot be written: {error.strerror or error}; choose another file") from error
 
 
-def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple[str, list[figures.Drawing]]:
+def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple[str, list[Drawing]]:
   """Returns the markdown and its figures; see write_results.
 
   Args:
@@ -96,7 +98,7 @@ def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple
   return "\n\n".join(parts) + "\n", drawings
 
 
-def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple[list[str], figures.Drawing | None]:
+def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple[list[str], Drawing | None]:
   """Returns the paragraphs of a table after its text, and its figure where two rows have a complete run.
 
   Raises:
@@ -112,7 +114,8 @@ def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple
     titles = ["row", "seeds", *(title(column) for column in METRICS), f"against {baseline}", "over seeds", "p (Holm)",
               "parameters", "minutes"]
     lines = [[escape(row.name), f"{len(row.runs)}/{len(row.planned)}",
-              *(show_mean(column, row.runs) for column in METRICS), *show_difference(compared.get(row.name)),
+              *(show_spread([read_metric(run, column) for run in row.runs]) for column in METRICS),
+              *show_difference(compared.get(row.name)),
               *show_size(row.runs)] for row in rows if row.runs]
     lines += [show_anchor(anchor, len(titles)) for anchor in table.anchors]
     parts.append(format_table(titles, lines))
@@ -226,22 +229,10 @@ def list_commands(rows: Sequence[Row]) -> str:
   return "\n".join(["```bash", f"for seed in {seeds}; do", *lines, "done", "```"])
 
 
-def show(value: float) -> str:
-  """Returns four decimals without the zero before the point."""
-  return f"{value:.4f}".removeprefix("0")
-
-
 def read_metric(run: Run, column: str) -> float:
   """Returns a metric of a run, of a column as "test ndcg@10"."""
   split, name = column.split()
   return run.result[split][name]
-
-
-def show_mean(column: str, runs: Sequence[Run]) -> str:
-  """Returns mean and sample deviation over runs."""
-  values = [read_metric(run, column) for run in runs]
-  deviation = f" ± {show(statistics.stdev(values))}" if len(values) > 1 else ""
-  return f"{show(statistics.fmean(values))}{deviation}"
 
 
 def show_difference(values: dict[str, Any] | None) -> list[str]:
@@ -252,7 +243,7 @@ def show_difference(values: dict[str, Any] | None) -> list[str]:
   relative = "-" if values["relative"] is None else f"{values['relative']:+.1f} %"
   interval = "-" if ends is None else f"[{ends[0]:+.1f}, {ends[1]:+.1f}]"
   return [f"{relative} {interval if values['covers_seeds'] or ends is None else f'*{interval}*'}", str(values["seeds"]),
-          show(values["p_holm"])]
+          show_metric(values["p_holm"])]
 
 
 def show_size(runs: Sequence[Run]) -> list[str]:
@@ -272,7 +263,7 @@ def show_memory(runs: Sequence[Run]) -> str:
 
 def show_anchor(anchor: Anchor, cells: int) -> list[str]:
   """Returns the cells of others' numbers."""
-  values = [f"*{show(anchor.values[column])}*" if column in anchor.values else "" for column in METRICS]
+  values = [f"*{show_metric(anchor.values[column])}*" if column in anchor.values else "" for column in METRICS]
   line = [f"*{escape(anchor.name)} (others: {escape(anchor.source)})*", "", *values]
   return line + [""] * (cells - len(line))
 
@@ -285,7 +276,7 @@ def title(column: str) -> str:
 
 def escape(text: str) -> str:
   """Returns a text that markdown shows as it is, also in a cell."""
-  text = figures.plain(text)
+  text = plain(text)
   for char in "\\|*_`<[":
     text = text.replace(char, f"\\{char}")
   return text

@@ -70,11 +70,19 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
   metrics = []
   for number, line in enumerate(lines, start=1):
     try:
-      metrics.append(json.loads(line))
+      metrics.append(_parse(line))
     except ValueError as error:
       raise ValueError(f"{folder / 'metrics.jsonl'}:{number} is damaged ({error}); take the line out") from error
   config = dict(walk(default())) | dict(walk(read_json(folder / "config.json")))
   return Run(str(workdir), config, read_json(folder / "corpus.json"), metrics, read_json(folder / "result.json"))
+
+
+def _parse(line: str) -> dict[str, Any]:
+  """Returns the values of a line of metrics.jsonl. Raises ValueError where it is no such line."""
+  values = json.loads(line)
+  if not (isinstance(values, dict) and {"step", "epoch", "split"} <= values.keys()):
+    raise ValueError("it is no object with step, epoch and split")
+  return values
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -183,13 +183,9 @@ def check_settings(metrics: Sequence[str], resamples: int, seed: int, level: flo
     raise ValueError(f"--level={level} must lie between 0 and 1; 0.95 is usual")
 
 
-def read_targets(runs: Sequence[Run]) -> tuple[list[np.ndarray], np.ndarray]:
-  """Returns the ranks (T,) of each run, row for row of the same targets, and (U,) where each user's begin.
-
-  Raises:
-    ValueError: a run kept no ranks, or not those of its result; rows differ; or there is only one user.
-  """
-  first, found = runs[0], []
+def check_same_targets(runs: Sequence[Run]) -> None:
+  """Raises ValueError, with the difference, unless all runs ranked the same targets, row for row."""
+  first = runs[0]
   for run in runs:
     ranks = run.ranks
     for name in ("user", "item", "history"):
@@ -202,6 +198,18 @@ def read_targets(runs: Sequence[Run]) -> tuple[list[np.ndarray], np.ndarray]:
         raise ValueError(f"{first.folder} and {run.folder} cannot be compared, row {row} of their ranks.parquet are "
                          f"different targets: {name} {first.ranks[name][row]} and {ranks[name][row]}; compare runs of "
                          "the same rows")
+
+
+def read_targets(runs: Sequence[Run]) -> tuple[list[np.ndarray], np.ndarray]:
+  """Returns the ranks (T,) of each run, row for row of the same targets, and (U,) where each user's begin.
+
+  Raises:
+    ValueError: a run kept no ranks, or not those of its result; rows differ; or there is only one user.
+  """
+  check_same_targets(runs)
+  first, found = runs[0], []
+  for run in runs:
+    ranks = run.ranks
     if not np.all(ranks["rank"] >= 1):  # NaN too
       raise ValueError(f"{run.folder}/ranks.parquet holds {np.sum(~(ranks['rank'] >= 1))} ranks that are not 1 or "
                        "more; train again in another --workdir")

@@ -8,12 +8,14 @@ import csv
 import gzip
 import itertools
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 LONGEST_LINE = 1 << 24  # bytes
 BLANKS = " \t\r\n"  # of JSON
+QUOTED = ' *"(?:[^"]|"")*+"'  # a value of CSV
 csv.field_size_limit(LONGEST_LINE)  # Python's own is 128 KiB
 
 
@@ -77,13 +79,28 @@ def count_records(file: str, delimiter: str) -> int:
   """Returns how many rows a CSV file with quotes has, its header among them.
 
   Raises:
-    ValueError: a quote is never closed: DuckDB would drop what follows, with one thread silently.
+    ValueError: a quote is never closed: DuckDB would drop what follows, with one thread silently; or two values in
+      quotes have only spaces between them: DuckDB would make one value of them.
   """
-  end = ["\0end\0"]
-  lines = itertools.chain((line + "\n" for _, line in read_lines(file)), end)
-  count, record = -1, None
+  between = re.escape(delimiter)
+  joined = re.compile(rf'(?:(?>{QUOTED} *|(?! *")[^{between}]*){between})*{QUOTED} +"')
+  end, read = ["\0end\0"], []
+
+  def feed() -> Iterator[str]:
+    for _, line in read_lines(file):
+      read.append(line + "\n")
+      yield read[-1]
+    yield from end
+
+  count, first, record = -1, 1, None
   try:
-    for record in csv.reader(lines, delimiter=delimiter, skipinitialspace=True):
+    for record in csv.reader(feed(), delimiter=delimiter, skipinitialspace=True):
+      text = "".join(read)
+      if '" ' in text and joined.match(text):
+        raise ValueError(f"{file}:{first}: {shorten(text)}: two values in quotes without a {delimiter!r} between them; "
+                         "mend the file")
+      first += len(read)
+      read.clear()
       count += bool(record)
     if record == end:
       return count

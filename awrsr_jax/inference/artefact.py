@@ -39,8 +39,9 @@ from awrsr_jax.data.prepared import hash_file
 from awrsr_jax.engine.ranking import describe_protocol
 from awrsr_jax.engine.run_folder import is_remote, nest
 from awrsr_jax.inference import standalone
+from awrsr_jax.inference.standalone import Id
 from awrsr_jax.inference.top import Top, take_top
-from awrsr_jax.inference.trained import Id, Trained, load
+from awrsr_jax.inference.trained import Trained, load
 from awrsr_jax.model.hidden import table_rows
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -83,8 +84,8 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], k: int 
   platforms = check_platforms(platforms)
   where = choose_backend(platforms) if check else None
   trained = load(workdir, step)
-  if not 1 <= k <= len(trained.item_ids):
-    raise ValueError(f"k={k} must lie between 1 and the {len(trained.item_ids)} items of {workdir}")
+  if not 1 <= k <= len(trained.catalogue.item_ids):
+    raise ValueError(f"k={k} must lie between 1 and the {len(trained.catalogue.item_ids)} items of {workdir}")
   program = export_program(trained, k, platforms)
   partial = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex[:8]}")
   try:
@@ -170,11 +171,12 @@ def write_folder(folder: pathlib.Path, trained: Trained, k: int, program: jax_ex
   (folder / "model.stablehlo").write_bytes(program.serialize())
   with (folder / "params.npz").open("wb") as file:
     np.savez(file, **{name: np.asarray(x) for name, x in name_params(trained.params).items()})
-  items = {"ids": trained.item_ids, "titles": trained.titles if any(trained.titles) else None}
+  item_ids, titles = trained.catalogue.item_ids, trained.catalogue.titles
+  items = {"ids": item_ids, "titles": titles if any(titles) else None}
   (folder / "items.json").write_text(json.dumps(items, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
   shutil.copyfile(standalone.__file__, folder / "recommender.py")
   about = describe(trained, k, program)
-  (folder / "README.md").write_text(write_readme(about, trained.item_ids), encoding="utf-8")
+  (folder / "README.md").write_text(write_readme(about, item_ids), encoding="utf-8")
   files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())}
   manifest = about | {"files": files}
   (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -197,7 +199,7 @@ def describe(trained: Trained, k: int, program: jax_export.Exported) -> dict[str
       "platforms": list(program.platforms),
       "calling_convention_version": program.calling_convention_version,
       "needs": ["jax", "numpy", "flatbuffers"],
-      "k": k, "length": length, "items": len(trained.item_ids), "rows": rows,
+      "k": k, "length": length, "items": len(trained.catalogue.item_ids), "rows": rows,
       "signature": {
           "inputs": [
               {"name": "params", "type": "dict", "meaning": "the arrays of params.npz by their names"},
@@ -310,13 +312,14 @@ def measure_parity(trained: Trained, folder: pathlib.Path, k: int, backend: str,
   rng, length = np.random.default_rng(seed), trained.config.data.max_length
   lengths = rng.integers(1, 2 * length + 1, CHECKED)
   lengths[0] = 2 * length
-  numbered = [rng.integers(1, len(trained.item_ids) + 1, size).astype(np.int32) for size in lengths]
-  live_scores, live_items = on_one_device(trained, backend).top(numbered, min(k + 1, len(trained.item_ids)))
-  found = run_fresh(folder, [[trained.item_ids[number - 1] for number in numbers] for numbers in numbered], k, backend)
+  item_ids, known = trained.catalogue.item_ids, trained.catalogue.numbers
+  numbered = [rng.integers(1, len(item_ids) + 1, size).astype(np.int32) for size in lengths]
+  live_scores, live_items = on_one_device(trained, backend).top(numbered, min(k + 1, len(item_ids)))
+  found = run_fresh(folder, [[item_ids[number - 1] for number in numbers] for numbers in numbered], k, backend)
   scores, items = np.full((CHECKED, k), -np.inf, np.float32), np.zeros((CHECKED, k), np.int32)
   for row, line in enumerate(found):
     scores[row, :len(line["scores"])] = line["scores"]
-    items[row, :len(line["items"])] = [trained.numbers[str(raw)] for raw in line["items"]]
+    items[row, :len(line["items"])] = [known[str(raw)] for raw in line["items"]]
   given = np.isfinite(live_scores[:, :k])
   if (np.isfinite(scores) != given).any():
     raise ValueError(f"the artefact gives {np.isfinite(scores).sum()} items and the live model {given.sum()}, over "

@@ -30,12 +30,12 @@ from etils import epath
 import awrsr_jax
 from awrsr_jax.engine.run_folder import lock_folder, read_json, write_bytes, write_json
 from awrsr_jax.inference.histories import Histories, find_files, read_histories
+from awrsr_jax.inference.standalone import NAMED
 from awrsr_jax.inference.trained import Trained
 
 LOG = logging.getLogger(__name__)
 PART = 8192  # histories of a part
 AT_ONCE = 256  # of standard output
-NAMED = 5  # unknown items named in a message, at most
 FORMATS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".ndjson": "jsonl", ".ndjson.gz": "jsonl", ".csv": "csv",
            ".csv.gz": "csv", ".parquet": "parquet"}
 COLUMNS = ("user", "rank", "item", "score", "title")
@@ -225,20 +225,22 @@ def _check_known(trained: Trained, histories: Histories, first: int, source: str
     if unknown or not len(numbers):
       what = f"has {len(unknown)} unknown items, such as {unknown[:NAMED]}" if unknown else "is empty"
       raise ValueError(f"--input={source}: history {row}{'' if user is None else f' (user {user!r})'} {what}; raw ids "
-                       f"look like {trained.item_ids[:3]}. Mend it, or leave out --strict to have such items skipped")
+                       f"look like {trained.catalogue.item_ids[:3]}. Mend it, or leave out --strict to have such items "
+                       "skipped")
 
 
 def _to_json(trained: Trained, histories: Histories, found: list[Any], job: Job) -> str:
   """Returns a line of JSON for each history."""
-  has_titles, lines = any(trained.titles), []
+  item_ids, titles, lines = trained.catalogue.item_ids, trained.catalogue.titles, []
+  has_titles = any(titles)
   for user, numbers, unknown, (scores, items) in zip(
       histories.users, histories.numbered, histories.unknown, found, strict=True):
     line = {} if user is None else {"user": user}
     places = (items - 1).tolist()
-    line["items"] = [trained.item_ids[at] for at in places]
+    line["items"] = [item_ids[at] for at in places]
     line["scores"] = _digits(scores).astype(np.float64).tolist()
     if has_titles:
-      line["titles"] = [trained.titles[at] for at in places]
+      line["titles"] = [titles[at] for at in places]
     if unknown:
       line["unknown"] = len(unknown)
     if job.explain and len(numbers):
@@ -270,7 +272,7 @@ def _to_text(trained: Trained, histories: Histories, found: list[Any], first: in
     name = f"history {first + row + 1}" if user is None else f"user {user}"
     lines.append(f"{name}: {len(numbers)} items{f', {len(unknown)} unknown ones skipped' if unknown else ''}")
     scores, items = found[row]
-    named = trained.name(scores, items)
+    named = trained.catalogue.name(scores, items)
     width = max((len(str(item)) for item, _, _ in named), default=0)
     lines += [f"  {rank:3}  {item!s:>{width}}  {score:9.4f}  {title}".rstrip()
               for rank, (item, score, title) in enumerate(named, start=1)]
@@ -289,15 +291,15 @@ def _to_table(trained: Trained, histories: Histories, found: list[Any], number: 
   """Returns a part of a CSV or parquet file; a row is a recommendation."""
   users = [number * PART + row if user is None else user for row, user in enumerate(histories.users, start=1)]
   scores, items = (np.concatenate(column) for column in zip(*found, strict=True))
-  places = (items - 1).tolist()
+  item_ids, titles, places = trained.catalogue.item_ids, trained.catalogue.titles, (items - 1).tolist()
   table = {"user": [user for user, (_, given) in zip(users, found, strict=True) for _ in given],
            "rank": np.concatenate([np.arange(1, len(given) + 1, dtype=np.int32) for _, given in found]),
-           "item": [trained.item_ids[at] for at in places],
+           "item": [item_ids[at] for at in places],
            "score": scores if form == "parquet" else _digits(scores),
-           "title": [trained.titles[at] or None for at in places]}
+           "title": [titles[at] or None for at in places]}
   if form == "parquet":
     buffer = io.BytesIO()
-    as_id = pyarrow.int64() if isinstance(trained.item_ids[0], int) else pyarrow.string()
+    as_id = pyarrow.int64() if isinstance(item_ids[0], int) else pyarrow.string()
     are_numbers = all(isinstance(user, int) and user in INT64 for user in users)
     table["user"] = table["user"] if are_numbers else list(map(str, table["user"]))
     schema = pyarrow.schema([("user", pyarrow.int64() if are_numbers else pyarrow.string()), ("rank", pyarrow.int32()),

@@ -27,7 +27,8 @@ from awrsr_jax.data import log as logs
 from awrsr_jax.data import prepared, readers, rules
 from awrsr_jax.data.lines import BLANKS, LONGEST_LINE, check_gzip, open_file, read_lines, shorten
 from awrsr_jax.data.tables import kind_of, list_files
-from awrsr_jax.inference.trained import Id, Trained
+from awrsr_jax.inference.standalone import Id
+from awrsr_jax.inference.trained import Trained
 
 FORM = 'a line is a list of raw item ids (text or whole numbers), oldest first, or {"user": ..., "items": [...]}'
 MEMORY = 1 << 31  # bytes that ordering a log may take; the rest goes to disk
@@ -130,7 +131,7 @@ def _read(path: str, trained: Trained, size: int, first: int, columns: dict[str,
   rows = _read_lines(files, first, names) if form == "lines" else _read_lists(files, first, names)
   for piece in iter(lambda: list(itertools.islice(rows, size)), []):
     users, items = zip(*piece, strict=True)
-    yield Histories(list(users), *trained.number(items))
+    yield Histories(list(users), *trained.catalogue.number(items))
 
 
 def _form(file: str, item: str) -> str:
@@ -281,7 +282,7 @@ def _read_log(path: str, trained: Trained, size: int, first: int, columns: dict[
 def _cut(users: list[Id], lengths: np.ndarray, raw_of_code: list[Id], codes: Iterable[np.ndarray], trained: Trained,
          size: int, first: int) -> Iterator[Histories]:
   """Yields histories of item codes that come in chunks, user after user; no history is cut."""
-  number_of_code = np.array([trained.numbers.get(str(raw), 0) for raw in raw_of_code], np.int32)
+  number_of_code = np.array([trained.catalogue.numbers.get(str(raw), 0) for raw in raw_of_code], np.int32)
   number_of_code[0] = 0  # of code 0, which is none
   offsets = np.concatenate([[0], np.cumsum(lengths)])
   chunks, held, start = iter(codes), np.zeros(0, np.int32), 0  # held: the codes from place `start` on

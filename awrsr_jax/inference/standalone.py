@@ -11,6 +11,7 @@ item table, I items (numbers 1 to I; 0 is none).
 
 import collections
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
@@ -39,14 +40,95 @@ class Recommendation(NamedTuple):
   title: str
 
 
+class Catalogue:
+  """The items of a model, by raw id and by number.
+
+  Attributes:
+    item_ids: I raw ids of items 1 to I, numbers or text as they were in the data.
+    titles: I titles, "" where unknown.
+    numbers: raw id, as text -> item number, from 1.
+    source: where they are from, for messages.
+  """
+
+  def __init__(self, item_ids: list[Id], titles: list[str], source: str):
+    self.item_ids, self.titles, self.source = item_ids, titles, source
+    self.numbers = {raw: number for number, raw in enumerate(map(str, item_ids), start=1)}
+
+  def number(self, histories: Sequence[Iterable[Id]]) -> tuple[list[np.ndarray], list[list[str]]]:
+    """Returns the item numbers (int32) of each history, and which of its items are not in the catalogue.
+
+    Raises:
+      ValueError: an input is no list of histories.
+    """
+    check_list(histories, "histories")
+    known = self.numbers
+    numbered, unknown = [], []
+    for row, history in enumerate(histories):
+      if isinstance(history, (str, bytes)) or not isinstance(history, Iterable):
+        raise ValueError(f"history {row} is {history!r}, not a list of items; one history is recommend([[...]])")
+      raws = [raw if type(raw) is str else str(raw) for raw in history]
+      found = [known.get(raw, 0) for raw in raws]
+      unknown.append([raw for raw, number in zip(raws, found, strict=True) if not number] if 0 in found else [])
+      numbered.append(np.array([number for number in found if number] if 0 in found else found, np.int32))
+    return numbered, unknown
+
+  def admit(self, histories: Sequence[Iterable[Id]], strict: bool = False) -> tuple[list[np.ndarray], int]:
+    """Returns the item numbers of each history, and how many items were left out: logged, or refused.
+
+    Raises:
+      ValueError: see `number`; or, with `strict`, an item is unknown or a history has none that is known.
+    """
+    numbered, unknown = self.number(histories)
+    for row, (numbers, missing) in enumerate(zip(numbered, unknown, strict=True)):
+      if strict and (missing or not len(numbers)):
+        raise ValueError(f"history {row} {f'has unknown items, {missing[:NAMED]}' if missing else 'is empty'}, and "
+                         "strict is set; leave it out, or do without strict to have such items skipped")
+    missing = collections.Counter(itertools.chain.from_iterable(unknown))
+    if missing:
+      LOG.warning("%d items of the histories are not in the catalogue of %s and were skipped, %d different ones, such "
+                  "as %s", missing.total(), self.source, len(missing), [raw for raw, _ in missing.most_common(NAMED)])
+    empty = sum(not len(numbers) for numbers in numbered)
+    if empty:
+      LOG.warning("%d of %d histories hold no known item and get no recommendations", empty, len(numbered))
+    return numbered, missing.total()
+
+  def allowed(self, rows: int, allow: Iterable[Id] | None, deny: Iterable[Id], strict: bool = False) -> np.ndarray:
+    """Returns bool (rows,), which rows of the item table may be given; `deny` wins.
+
+    Raises:
+      ValueError: nothing is allowed, or an input is no list; or, with `strict`, an item is unknown.
+    """
+    chosen = np.full(rows, allow is None)
+    for name, listed, value in (("allow", allow, True), ("deny", deny, False)):
+      if listed is None:
+        continue
+      check_list(listed, name)
+      listed = list(map(str, listed))
+      unknown = [raw for raw in listed if raw not in self.numbers]
+      if unknown and strict:
+        raise ValueError(f"{name} holds {len(unknown)} items that are not in the catalogue, such as {unknown[:NAMED]}")
+      if unknown:
+        LOG.warning("%d of %d items to %s are not in the catalogue of %s, such as %s", len(unknown), len(listed), name,
+                    self.source, unknown[:NAMED])
+      chosen[[self.numbers[raw] for raw in listed if raw in self.numbers]] = value
+    if not chosen[1:len(self.item_ids) + 1].any():
+      raise ValueError(f"allow and deny leave none of the {len(self.item_ids)} items to recommend; raw ids look like "
+                       f"{self.item_ids[:3]}")
+    return chosen
+
+  def name(self, scores_k: np.ndarray, items_k: np.ndarray) -> list[Recommendation]:
+    """Returns scores and item numbers in raw ids, without the places that are empty."""
+    return [Recommendation(self.item_ids[number - 1], score, self.titles[number - 1])
+            for score, number in zip(scores_k.tolist(), items_k.tolist(), strict=True) if number]
+
+
 class Recommender:
   """A model in use.
 
   Attributes:
     folder: where it was read from.
     manifest: what it says of itself: "corpus", "config", "step", "protocol", ...
-    item_ids: I raw ids of items 1 to I, numbers or text as they were in the data.
-    titles: I titles, "" where unknown.
+    catalogue: its items.
     k: the most items that a call can give.
     length: n, how many items of a history the model looks at.
     unknown: how many items of histories were not in the catalogue and were skipped, since this was made.
@@ -65,9 +147,7 @@ class Recommender:
     self.unknown = 0
     with (self.folder / "items.json").open(encoding="utf-8") as file:
       items = json.load(file)
-    self.item_ids: list[Id] = items["ids"]
-    self.titles: list[str] = items["titles"] or [""] * len(self.item_ids)
-    self.numbers = {raw: number for number, raw in enumerate(map(str, self.item_ids), start=1)}
+    self.catalogue = Catalogue(items["ids"], items["titles"] or [""] * len(items["ids"]), str(self.folder))
     self.exported = read_model(self.folder, self.manifest)
     with np.load(self.folder / "params.npz", allow_pickle=False) as arrays:
       self._params = {name: jax.device_put(arrays[name]) for name in arrays.files}
@@ -95,9 +175,12 @@ class Recommender:
     """
     if not 1 <= k <= self.k:
       raise ValueError(f"k={k} must lie between 1 and {self.k}, which {self.folder} was exported for; export again "
-                       f"with a larger --k (up to the {len(self.item_ids)} items)")
-    numbered, allowed = self.number(histories), self.allowed(allow, deny)
-    order = sorted((row for row, numbers in enumerate(numbered) if numbers), key=lambda row: len(numbered[row]))
+                       f"with a larger --k (up to the {len(self.catalogue.item_ids)} items)")
+    numbered, unknown = self.catalogue.admit(histories)
+    self.unknown += unknown
+    is_limited = allow is not None or not isinstance(deny, Sequence) or len(deny)
+    allowed = self.catalogue.allowed(len(self._all), allow, deny) if is_limited else self._all  # stays on the device
+    order = sorted((row for row, numbers in enumerate(numbered) if len(numbers)), key=lambda row: len(numbered[row]))
     found: list[list[Recommendation]] = [[] for _ in numbered]
     for first in range(0, len(order), BATCH):
       rows = order[first:first + BATCH]
@@ -112,57 +195,8 @@ class Recommender:
         raise FloatingPointError(f"{broken.sum()} of {len(rows)} histories have a NaN among their scores; the "
                                  f"parameters in {self.folder} are damaged")
       for at, row in enumerate(rows):
-        found[row] = [Recommendation(self.item_ids[item - 1], score, self.titles[item - 1])
-                      for score, item in zip(scores[at, :k].tolist(), items[at, :k].tolist(), strict=True) if item]
+        found[row] = self.catalogue.name(scores[at, :k], items[at, :k])
     return found
-
-  def number(self, histories: Sequence[Iterable[Id]]) -> list[list[int]]:
-    """Returns the item numbers of each history, without items that are not in the catalogue, which are counted.
-
-    Raises:
-      ValueError: an input is no list of histories.
-    """
-    check_list(histories, "histories")
-    numbered, unknown, empty = [], collections.Counter(), 0
-    for row, history in enumerate(histories):
-      if isinstance(history, (str, bytes)) or not isinstance(history, Iterable):
-        raise ValueError(f"history {row} is {history!r}, not a list of items; one history is recommend([[...]])")
-      texts = [raw if type(raw) is str else str(raw) for raw in history]
-      found = [self.numbers.get(text, 0) for text in texts]
-      unknown.update(text for text, number in zip(texts, found, strict=True) if not number)
-      numbered.append([number for number in found if number])
-      empty += not numbered[-1]
-    self.unknown += unknown.total()
-    if unknown:
-      LOG.warning("%d items of the histories are not in the catalogue of %s and were skipped, %d different ones, such "
-                  "as %s", unknown.total(), self.folder, len(unknown), [raw for raw, _ in unknown.most_common(NAMED)])
-    if empty:
-      LOG.warning("%d of %d histories hold no known item and get no recommendations", empty, len(numbered))
-    return numbered
-
-  def allowed(self, allow: Iterable[Id] | None = None, deny: Iterable[Id] = ()) -> np.ndarray | jax.Array:
-    """Returns bool (V,), which rows of the item table may be given; `deny` wins.
-
-    Raises:
-      ValueError: nothing is allowed, or an input is no list.
-    """
-    if allow is None and isinstance(deny, Sequence) and not len(deny):
-      return self._all  # stays on the device
-    chosen = np.full(self._all.shape, allow is None)
-    for name, listed, value in (("allow", allow, True), ("deny", deny, False)):
-      if listed is None:
-        continue
-      check_list(listed, name)
-      listed = list(map(str, listed))
-      unknown = [raw for raw in listed if raw not in self.numbers]
-      if unknown:
-        LOG.warning("%d of %d items to %s are not in the catalogue of %s, such as %s", len(unknown), len(listed), name,
-                    self.folder, unknown[:NAMED])
-      chosen[[self.numbers[raw] for raw in listed if raw in self.numbers]] = value
-    if not chosen[1:len(self.item_ids) + 1].any():
-      raise ValueError(f"allow and deny leave none of the {len(self.item_ids)} items to recommend; raw ids look like "
-                       f"{self.item_ids[:3]}")
-    return chosen
 
   def run(self, inputs_Bxn: np.ndarray, excluded_BxS: np.ndarray,
           allowed_V: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:

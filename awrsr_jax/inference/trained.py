@@ -10,12 +10,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,25 +29,14 @@ from awrsr_jax.engine import checkpoint
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.run_folder import read_json
 from awrsr_jax.inference import explain as explaining
+from awrsr_jax.inference.standalone import BATCH, NAMED, Catalogue, Id, Recommendation, check_list
 from awrsr_jax.inference.top import make_similar_step, make_top_step
 from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.hidden import table_rows
 
 LOG = logging.getLogger(__name__)
-BATCH = 256  # histories of one call, at most
 SHORTEST = 8  # the shortest padded length
-NAMED = 5  # unknown items named in a message, at most
 AHEAD = 4  # batches that devices may have waiting
-
-Id = int | str
-
-
-class Recommendation(NamedTuple):
-  """An item for a history: its raw id, its score (larger is better), and its title ("" where unknown)."""
-
-  item: Id
-  score: float
-  title: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +71,7 @@ class Trained:
     config: finalized.
     backbone, params: the model.
     mesh: the devices that it lives on.
-    item_ids: I raw ids of items 1 to I, numbers or text as they were in the data.
-    titles: I titles, "" where unknown.
+    catalogue: its items.
   """
 
   workdir: str
@@ -94,13 +81,7 @@ class Trained:
   backbone: nn.Module
   params: Any
   mesh: Mesh
-  item_ids: list[Id]
-  titles: list[str]
-
-  @functools.cached_property
-  def numbers(self) -> dict[str, int]:
-    """Raw id, as text -> item number, from 1."""
-    return {raw: number for number, raw in enumerate(map(str, self.item_ids), start=1)}
+  catalogue: Catalogue
 
   def recommend(self, histories: Sequence[Iterable[Id]], k: int = 10, *, exclude_seen: bool = True,
                 allow: Iterable[Id] | None = None, deny: Iterable[Id] = (),
@@ -123,9 +104,9 @@ class Trained:
       ValueError: k is out of range, an input is no list of histories, or `strict` found something.
       FloatingPointError: a score is NaN.
     """
-    numbered = self._admit(histories, strict)
+    numbered, _ = self.catalogue.admit(histories, strict)
     scores, items = self.top(numbered, k, exclude_seen=exclude_seen, allowed=self.allowed(allow, deny, strict))
-    return [self.name(*both) for both in zip(scores, items, strict=True)]
+    return [self.catalogue.name(*both) for both in zip(scores, items, strict=True)]
 
   def similar(self, items: Sequence[Id], k: int = 10, *, allow: Iterable[Id] | None = None,
               deny: Iterable[Id] = ()) -> list[list[Recommendation]]:
@@ -137,12 +118,13 @@ class Trained:
       ValueError: an item is not in the catalogue, or k is out of range.
     """
     self._check_k(k)
-    self._check_list(items, "items")
-    missing = [raw for raw in items if str(raw) not in self.numbers]
+    check_list(items, "items")
+    known, item_ids = self.catalogue.numbers, self.catalogue.item_ids
+    missing = [raw for raw in items if str(raw) not in known]
     if missing:
-      raise ValueError(f"unknown items {missing[:NAMED]}: the catalogue of {self.workdir} has {len(self.item_ids)} "
-                       f"others, such as {self.item_ids[:3]}")
-    numbers = np.array([self.numbers[str(raw)] for raw in items], np.int32)
+      raise ValueError(f"unknown items {missing[:NAMED]}: the catalogue of {self.workdir} has {len(item_ids)} others, "
+                       f"such as {item_ids[:3]}")
+    numbers = np.array([known[str(raw)] for raw in items], np.int32)
     step = self._step(make_similar_step, self.mesh, k, self.config.eval.block_items)
     allowed = self.allowed(allow, deny)
     found = []
@@ -150,7 +132,8 @@ class Trained:
       part = numbers[first:first + BATCH]
       padded = np.pad(part, (0, self._batch_size(len(part)) - len(part)))
       scores, best = step(self.params, self._place(padded), self._place(padded[:, None]), allowed)
-      found += [self.name(*both) for both in zip(np.asarray(scores), np.asarray(best), strict=True)][:len(part)]
+      rows = zip(np.asarray(scores)[:len(part)], np.asarray(best)[:len(part)], strict=True)
+      found += [self.catalogue.name(*both) for both in rows]
     return found
 
   def explain(self, history: Iterable[Id], k: int = 10, *, exclude_seen: bool = True,
@@ -160,7 +143,7 @@ class Trained:
     Raises:
       ValueError: also where no item of the history is known.
     """
-    [numbers] = self._admit([history], strict)
+    [numbers], _ = self.catalogue.admit([history], strict)
     if not len(numbers):
       raise ValueError(f"no item of this history is in the catalogue of {self.workdir}; there is nothing to explain")
     scores, items = self.top([numbers], k, exclude_seen=exclude_seen, allowed=self.allowed(allow, deny, strict))
@@ -170,70 +153,27 @@ class Trained:
     """Explains one row of `top`; `numbers` are those of its history, at least one."""
     items_k, numbers = items_k[items_k > 0], numbers[-self.config.data.max_length:]
     _, padded = self._padded_lengths(len(numbers))
+    item_ids, titles = self.catalogue.item_ids, self.catalogue.titles
     effects = explaining.measure_effects(self._step(explaining.make_log_p_step), self.params, numbers, items_k,
-                                         len(self.item_ids), padded)
-    layers = explaining.read_layers(self._step(explaining.make_layers_step), self.params, numbers, padded)
-    return Explanation([self.item_ids[number - 1] for number in numbers.tolist()],
-                       [self.titles[number - 1] for number in numbers.tolist()], layers,
-                       self.name(scores_k[:len(items_k)], items_k), effects, explaining.share(effects))
+                                         len(item_ids), padded)
+    return Explanation([item_ids[number - 1] for number in numbers.tolist()],
+                       [titles[number - 1] for number in numbers.tolist()], self.read_layers(numbers),
+                       self.catalogue.name(scores_k[:len(items_k)], items_k), effects, explaining.share(effects))
 
-  def number(self, histories: Sequence[Iterable[Id]]) -> tuple[list[np.ndarray], list[list[str]]]:
-    """Returns the item numbers of each history, and which of its items are not in the catalogue.
-
-    Raises:
-      ValueError: an input is no list of histories.
-    """
-    self._check_list(histories, "histories")
-    known = self.numbers
-    numbered, unknown = [], []
-    for row, history in enumerate(histories):
-      if isinstance(history, (str, bytes)) or not isinstance(history, Iterable):
-        raise ValueError(f"history {row} is {history!r}, not a list of items; one history is recommend([[...]])")
-      raws = [raw if type(raw) is str else str(raw) for raw in history]
-      found = [known.get(raw, 0) for raw in raws]
-      unknown.append([raw for raw, number in zip(raws, found, strict=True) if not number] if 0 in found else [])
-      numbered.append(np.array([number for number in found if number] if 0 in found else found, np.int32))
-    return numbered, unknown
-
-  def _admit(self, histories: Sequence[Iterable[Id]], strict: bool) -> list[np.ndarray]:
-    """Returns the item numbers of each history; what is left out is logged, or refused."""
-    numbered, unknown = self.number(histories)
-    for row, (numbers, missing) in enumerate(zip(numbered, unknown, strict=True)):
-      if strict and (missing or not len(numbers)):
-        raise ValueError(f"history {row} {f'has unknown items, {missing[:NAMED]}' if missing else 'is empty'}, and "
-                         "strict is set; leave it out, or do without strict to have such items skipped")
-    missing = collections.Counter(itertools.chain.from_iterable(unknown))
-    if missing:
-      LOG.warning("%d items of the histories are not in the catalogue of %s and were skipped, %d different ones, such "
-                  "as %s", missing.total(), self.workdir, len(missing), [raw for raw, _ in missing.most_common(NAMED)])
-    empty = sum(not len(numbers) for numbers in numbered)
-    if empty:
-      LOG.warning("%d of %d histories hold no known item and get no recommendations", empty, len(numbered))
-    return numbered
+  def read_layers(self, numbers: np.ndarray) -> list[explaining.Layer]:
+    """Returns the attention weights of each layer over the newest n items of a history, at least one."""
+    numbers = numbers[-self.config.data.max_length:]
+    _, padded = self._padded_lengths(len(numbers))
+    return explaining.read_layers(self._step(explaining.make_layers_step), self.params, numbers, padded)
 
   def allowed(self, allow: Iterable[Id] | None = None, deny: Iterable[Id] = (), strict: bool = False) -> jax.Array:
     """Returns bool (V,), which rows of the item table may be given, placed as the table is; `deny` wins.
 
     Raises:
-      ValueError: nothing is allowed; or, with `strict`, an item is unknown.
+      ValueError: nothing is allowed, or an input is no list; or, with `strict`, an item is unknown.
     """
     rows = table_rows(self.backbone.num_items, self.config.model.table_multiple)
-    chosen = np.full(rows, allow is None)
-    for name, listed, value in (("allow", allow, True), ("deny", deny, False)):
-      if listed is None:
-        continue
-      self._check_list(listed, name)
-      listed = list(map(str, listed))
-      unknown = [raw for raw in listed if raw not in self.numbers]
-      if unknown and strict:
-        raise ValueError(f"{name} holds {len(unknown)} items that are not in the catalogue, such as {unknown[:NAMED]}")
-      if unknown:
-        LOG.warning("%d of %d items to %s are not in the catalogue of %s, such as %s", len(unknown), len(listed), name,
-                    self.workdir, unknown[:NAMED])
-      chosen[[self.numbers[raw] for raw in listed if raw in self.numbers]] = value
-    if not chosen[1:len(self.item_ids) + 1].any():
-      raise ValueError(f"allow and deny leave none of the {len(self.item_ids)} items to recommend; raw ids look like "
-                       f"{self.item_ids[:3]}")
+    chosen = self.catalogue.allowed(rows, allow, deny, strict)
     place = NamedSharding(self.mesh, PartitionSpec("model"))
     return jax.make_array_from_callback(chosen.shape, place, lambda index: chosen[index])
 
@@ -245,7 +185,7 @@ class Trained:
     input.
 
     Args:
-      numbered: U arrays of item numbers, from `number`.
+      numbered: U arrays of item numbers, from `catalogue.number`.
       k: how many, up to I.
       exclude_seen: a history is not given its own items.
       allowed: from `allowed`; None: all.
@@ -286,19 +226,9 @@ class Trained:
                                f"their scores; the parameters of step {self.step} in {self.workdir} are damaged")
     return scores, items
 
-  def name(self, scores_k: np.ndarray, items_k: np.ndarray) -> list[Recommendation]:
-    """Returns one row of `top` in raw ids."""
-    return [Recommendation(self.item_ids[number - 1], score, self.titles[number - 1])
-            for score, number in zip(scores_k.tolist(), items_k.tolist(), strict=True) if number]
-
   def _check_k(self, k: int) -> None:
-    if not 1 <= k <= len(self.item_ids):
-      raise ValueError(f"k={k} must lie between 1 and the {len(self.item_ids)} items of the catalogue")
-
-  @staticmethod
-  def _check_list(values: Any, what: str) -> None:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-      raise ValueError(f"{what} must be a list, not {values!r}")
+    if not 1 <= k <= len(self.catalogue.item_ids):
+      raise ValueError(f"k={k} must lie between 1 and the {len(self.catalogue.item_ids)} items of the catalogue")
 
   @functools.cache  # noqa: B019 (a model lives as long as its process)
   def _step(self, make: Callable[..., Callable], *more: Any) -> Callable:
@@ -362,7 +292,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, model_devices
       others = [other for other in steps if other != chosen]
       raise ValueError(f"checkpoint {chosen} of {workdir} cannot be loaded: {error}"
                        f"{f'. There are others: step={others}' if others else ''}") from error
-  return Trained(str(workdir), chosen, record, config, backbone, params, mesh, item_ids.tolist(), titles)
+  catalogue = Catalogue(item_ids.tolist(), titles, str(workdir))
+  return Trained(str(workdir), chosen, record, config, backbone, params, mesh, catalogue)
 
 
 @contextlib.contextmanager
