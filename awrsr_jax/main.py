@@ -4,6 +4,8 @@ Trains, evaluates exactly, checkpoints; the same command resumes. Every key of t
 `--config.model.refine=value`.
 """
 
+import awrsr_jax.malloc  # noqa: F401, I001 (before a thread is started)
+
 import logging
 import os
 import sys

@@ -11,6 +11,8 @@ is not quiet, and absolute numbers are only as good as the machine was. `--measu
 A peer is a program of launch/peers/ in an environment of its own, made at its first use.
 """
 
+import awrsr_jax.malloc  # noqa: F401, I001 (before a thread is started)
+
 import json
 import os
 import pathlib
