@@ -33,6 +33,7 @@ CHOICES = {
     "model.attention.implementation": ("auto", "reference", "fused"),
     "model.refine": REFINEMENTS,
     "model.awr.correlation": ("dot", "wasserstein"),
+    "model.awr.slots": ("end", "lag"),
     "model.awr.additive_on": ("scores", "weights"),
     "loss.name": LOSSES,
     "loss.negatives": ("uniform", "popularity"),
@@ -120,6 +121,7 @@ def default() -> ml_collections.ConfigDict:
   model.attention = ml_collections.ConfigDict()
   model.attention.dropout = config_dict.placeholder(float)  # of attention weights; None: model.dropout
   model.attention.implementation = "auto"  # reference (L x L weights in memory) | fused (in blocks) | auto (if it can)
+  model.attention.sink = config_dict.placeholder(float)  # a row may attend to nothing: a learned score starts here
   model.dtype = "float32"  # of activations; parameters, softmax, norms and scores stay float32
   model.remat = False  # keep only the inputs of blocks for the backward pass, and make the rest again
   model.table_multiple = 128  # item table rows are padded to it, whatever the device count
@@ -127,6 +129,7 @@ def default() -> ml_collections.ConfigDict:
   model.awr = ml_collections.ConfigDict()
   model.awr.rank = 64  # r: width of the correlation space
   model.awr.order = 1  # repetitions; order k reaches (k+1)-hop relations
+  model.awr.slots = "end"  # end | lag: row j of a slot table is n-1-j steps before the end, or before each row
   model.awr.share_heads = False  # one slot table for all heads
   model.awr.correlation = config_dict.placeholder(str)  # dot | wasserstein; None: the preset's own
   model.awr.additive_on = "scores"  # scores | weights (gated)

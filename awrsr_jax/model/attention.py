@@ -27,18 +27,34 @@ def causal_mask(real_BxL: jax.Array) -> jax.Array:
   return real_BxL[:, None, None, :] & jnp.tri(length, dtype=bool)[None, None]
 
 
-def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+def softmax(scores: jax.Array, sink: jax.Array | None = None) -> jax.Array:
+  """Softmax over the last axis, beside a sink: a key without a value, with this score (None: there is none).
+
+  Args:
+    scores: (..., L) float32.
+    sink: broadcasts to (..., 1); what it takes is missing in the sum of a row.
+  """
+  if sink is None:
+    return jax.nn.softmax(scores, axis=-1)
+  top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+  powers = jnp.exp(scores - top)
+  return powers / (jnp.sum(powers, axis=-1, keepdims=True) + jnp.exp(sink - top))
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array, sink: jax.Array | None = None) -> jax.Array:
   """Softmax over the last axis within a mask, in float32.
 
   Args:
     scores: (..., L, L), any float dtype.
     mask: bool, broadcasts to scores.
+    sink: as of softmax.
 
   Returns:
-    float32, same shape: rows sum to 1, exactly 0 outside the mask; rows without any True are all zero.
+    float32, same shape: rows sum to 1 (less with a sink), exactly 0 outside the mask; rows without any True are all
+    zero.
   """
   scores = jnp.where(mask, scores.astype(jnp.float32), HIDDEN)
-  return jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)
+  return jnp.where(mask, softmax(scores, sink), 0.0)
 
 
 def dot_scores(q_BxLxHxh: jax.Array, k_BxLxHxh: jax.Array) -> jax.Array:
@@ -53,7 +69,8 @@ def attend(weights_BxHxLxL: jax.Array, v_BxLxHxh: jax.Array) -> jax.Array:
 
 
 def attend_in_blocks(q_HxBxQxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.Array,
-                     read: Callable[[jax.Array, jax.Array], Any], precision: str | None = None) -> Any:
+                     read: Callable[[jax.Array, jax.Array], Any], precision: str | None = None,
+                     sink: jax.Array | None = None) -> Any:
   """Reads weights A = softmax_M(Q K^T) a block of rows at a time, in memory that grows with L, not with its square.
 
   The keys that no row of a block may look at are left out, which saves up to half of the work. Where there are several
@@ -65,6 +82,7 @@ def attend_in_blocks(q_HxBxQxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
     read: (weights_HxBxbxK float32, rows_b) -> tree of (H, B, b, ...), what is wanted of the rows with these numbers,
       each by itself; their weights beyond the first K keys are 0. Of rows without any key it comes out as 0.
     precision: of the scores.
+    sink: as of softmax, (H, 1, 1, 1).
 
   Returns:
     The tree, its leaves (H, B, Q, ...).
@@ -82,7 +100,7 @@ def attend_in_blocks(q_HxBxQxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
     scores = jnp.where(mask, scores, HIDDEN)
     has_key = jnp.any(mask, axis=-1)  # rows without one are put to 0 after they are read, when they are narrow
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(has_key, range(3, x.ndim)), x, 0),
-                        read(jax.nn.softmax(scores, axis=-1), rows))
+                        read(softmax(scores, sink), rows))
 
   if blocks == 1:
     return block(length, q_HxBxQxE, 0)

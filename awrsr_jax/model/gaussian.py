@@ -53,17 +53,19 @@ def pairwise_wasserstein(mean_q: jax.Array, cov_q: jax.Array, mean_k: jax.Array,
 
 def wasserstein_as_dot(mean_q: jax.Array, cov_q: jax.Array, mean_k: jax.Array,
                        cov_k: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Writes minus the distance as a dot product, but for a constant of each query, which no softmax over keys sees.
+  """Writes minus the distance as a dot product.
 
-  [2 mu_q, 2 sqrt(Sigma_q), 1] . [mu_k, sqrt(Sigma_k), -(|mu_k|^2 + |sqrt(Sigma_k)|^2)] = |q|^2 - W2(q, k).
+  [2 mu_q, 2 sqrt(Sigma_q), -|q|^2, 1] . [mu_k, sqrt(Sigma_k), 1, -|k|^2] = -W2(q, k), where |x|^2 is
+  |mu_x|^2 + |sqrt(Sigma_x)|^2.
 
   Args:
     mean_q, cov_q, mean_k, cov_k: (..., D).
 
   Returns:
-    Features of queries and of keys, (..., 2 D + 1) float32.
+    Features of queries and of keys, (..., 2 D + 2) float32.
   """
   q = jnp.concatenate([mean_q.astype(jnp.float32), deviation(cov_q)], axis=-1)
   k = jnp.concatenate([mean_k.astype(jnp.float32), deviation(cov_k)], axis=-1)
-  return (jnp.concatenate([2 * q, jnp.ones_like(q[..., :1])], axis=-1),
-          jnp.concatenate([k, -jnp.sum(k * k, axis=-1, keepdims=True)], axis=-1))
+  size_q, size_k = (jnp.sum(x * x, axis=-1, keepdims=True) for x in (q, k))
+  return (jnp.concatenate([2 * q, -size_q, jnp.ones_like(size_q)], axis=-1),
+          jnp.concatenate([k, jnp.ones_like(size_k), -size_k], axis=-1))

@@ -11,7 +11,7 @@ left padding never matters.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,9 @@ class Refinement(nn.Module):
     value_projection: multiply A by a learned [H, n, n] matrix, the identity at first, before it is mixed.
     gate: where g, the share of refined weights that is learned a head, starts; None: additive on weights .5, value
       has none and keeps nothing of A.
+    sink: where the score of a sink starts that is learned a head for every softmax; None: there are none.
+    slots: what row j of a table belongs to: "end", the column n-1-j steps before the end, or "lag", the column n-1-j
+      steps before the row whose features they are.
   """
 
   combine: str | None
@@ -63,6 +66,8 @@ class Refinement(nn.Module):
   additive_on: str = "scores"
   value_projection: bool = False
   gate: float | None = None
+  sink: float | None = None
+  slots: str = "end"
 
   def setup(self) -> None:
     orders = range(1, self.order + 1) if self.combine else ()
@@ -70,6 +75,9 @@ class Refinement(nn.Module):
     shape = (1 if self.share_heads else self.heads, self.max_length, self.rank)
     self.tables = [[self.param(f"order{order}_{role}", table, shape) for role in ROLES[self.correlation]]
                    for order in orders]
+    if self.sink is not None:
+      start = nn.initializers.constant(self.sink)
+      self.sinks = [self.param(f"order{order}_sink", start, (self.heads, 1, 1)) for order in range(len(orders) + 1)]
     if self._is_gated:
       start = 0.5 if self.gate is None else self.gate
       logit = nn.initializers.constant(math.log(start / (1 - start)))
@@ -93,6 +101,8 @@ class Refinement(nn.Module):
     """Returns why `attend` cannot stand for `weights`, or "". `squares`: values are summed by squared weights too."""
     if self.value_projection:
       return "a value projection needs the whole matrix"
+    if self.slots == "lag" and self.combine == "value" and self.order > 1:
+      return "slots that each row counts by itself do not factor out of a second mixing"
     return "the square of a sum of products does not factor" if squares and self._mixes else ""
 
   def __call__(self, scores_BxHxLxL: jax.Array, mask_Bx1xLxL: jax.Array) -> jax.Array:
@@ -117,18 +127,19 @@ class Refinement(nn.Module):
     batch, heads, length, _ = scores.shape
     rows = number_rows((heads, batch, length)).swapaxes(0, 1)
     dropped = lambda weights: weights if drop is None else drop(weights, rows)  # noqa: E731
-    weights = masked_softmax(scores, mask)
+    weights = masked_softmax(scores, mask, self._sink(0))
     kept = dropped(weights)
     self.sow("intermediates", "first_order", weights)
     for order, tables in enumerate(self.tables):
-      correlation = self._correlate(*(jnp.einsum("bhij,hjr->bhir", weights, self._slots(table, length))
-                                      for table in tables))
+      sink = self._sink(order + 1)
+      features = self._sum_slots(weights.swapaxes(0, 1), tables, jnp.arange(length))
+      correlation = self._correlate(*(x_HxBxLxr.swapaxes(0, 1) for x_HxBxLxr in features))
       if not self._mixes:
         scores = scores + correlation if self.combine == "additive" else correlation
-        weights = masked_softmax(scores, mask)
+        weights = masked_softmax(scores, mask, sink)
         kept = dropped(weights)
         continue
-      before, mixing = (weights, kept), masked_softmax(correlation, mask)
+      before, mixing = (weights, kept), masked_softmax(correlation, mask, sink)
       weights, kept = mixing, dropped(mixing)
       if self.combine == "value":
         projected = self._project(before[0], mask, order)
@@ -168,34 +179,33 @@ class Refinement(nn.Module):
       kept = dropped(weights, rows)
       return tuple(map(sum_by, (kept, square(kept, weights)) if square else (kept,), values))
 
-    def sum_tables(weights: jax.Array, orders: slice) -> list[list[jax.Array]]:
-      tables = [self._slots(table, length) for of_order in self.tables[orders] for table in of_order]
-      if not tables:
-        return []
-      side_by_side = jnp.concatenate(tables, axis=-1)[:, :weights.shape[-1]]
-      sums = jnp.split(jnp.einsum("hbij,hjr->hbir", weights, side_by_side), len(tables), axis=-1)
+    def sum_tables(weights: jax.Array, rows: jax.Array, orders: slice) -> list[list[jax.Array]]:
+      tables = [table for of_order in self.tables[orders] for table in of_order]
+      sums = self._sum_slots(weights, tables, rows, length) if tables else []
       roles = len(self.tables[0])
       return [sums[first:first + roles] for first in range(0, len(sums), roles)]
 
     read = functools.partial(attend_in_blocks, real_BxL=real_BxL,
                              precision="highest" if self.correlation == "wasserstein" else precision)
+    sinks = [None if (sink := self._sink(order)) is None else sink[:, None] for order in range(len(self.tables) + 1)]
     q, k = q_HxBxLxE, k_HxBxLxE
     if not self._mixes:
       for order in range(len(self.tables)):
-        features, = read(q, k, read=lambda weights, _: sum_tables(weights, slice(order, order + 1)))  # noqa: B023
+        features, = read(q, k, sink=sinks[order],
+                         read=lambda weights, rows: sum_tables(weights, rows, slice(order, order + 1)))  # noqa: B023
         query, key = self._as_dot(*features)
         q, k = ((jnp.concatenate(pair, axis=-1) for pair in ((q, query), (k, key)))
                 if self.combine == "additive" else (query, key))
-      return read(last(q), k, read=sum_values)
+      return read(last(q), k, sink=sinks[-1], read=sum_values)
 
     # A [V, W], values and the tables of all orders side by side. The values twice: `kept` as they reach the output,
     # each way with one softmax dropped, and `clean`, which a later softmax is to mix.
     def sum_first(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:
       return {"kept": sum_by(dropped(weights, rows), values[0]) if self._is_gated else None,
               "clean": sum_by(weights, values[0]) if self.combine == "value" else None,
-              "tables": sum_tables(weights, slice(None))}
+              "tables": sum_tables(weights, rows, slice(None))}
 
-    sums = read(q, k, read=sum_first)
+    sums = read(q, k, sink=sinks[0], read=sum_first)
     for order in range(len(self.tables)):
       (features, *tables), is_last = sums["tables"], order + 1 == len(self.tables)
       query, key = self._as_dot(*features)
@@ -207,14 +217,18 @@ class Refinement(nn.Module):
 
       def mix_additive(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:  # P [V, W]
         return {"kept": sum_by(dropped(weights, rows), values[0]), "clean": None,
-                "tables": sum_tables(weights, slice(order + 1, None))}  # noqa: B023
+                "tables": sum_tables(weights, rows, slice(order + 1, None))}  # noqa: B023
 
       cut = last if is_last else lambda x: x
-      sums = read(cut(query), key, read=mix_value if self.combine == "value" else mix_additive)
+      sums = read(cut(query), key, sink=sinks[order + 1], read=mix_value if self.combine == "value" else mix_additive)
       if self._is_gated:
         gate = nn.sigmoid(self.gates[order]).swapaxes(0, 1)
         sums = jax.tree.map(lambda old, new: ((1 - gate) * cut(old) + gate * new).astype(old.dtype), before, sums)  # noqa: B023
     return (sums["kept"],)
+
+  def _sink(self, order: int) -> jax.Array | None:
+    """Returns the score of the sink of a softmax, (H, 1, 1): 0 the first order's, k that of refinement k."""
+    return None if self.sink is None else self.sinks[order]
 
   def _correlate(self, *features: jax.Array) -> jax.Array:
     """Returns S'_BxHxLxL: how alike the rows of an attention matrix are in the learned correlation space."""
@@ -224,7 +238,7 @@ class Refinement(nn.Module):
     return -pairwise_wasserstein(mean_q, covariance(cov_q), mean_k, covariance(cov_k)) * self.rank ** -0.5
 
   def _as_dot(self, *features: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns queries and keys whose products are S', but for a constant of each row."""
+    """Returns queries and keys whose products are S'."""
     if self.correlation == "dot":
       query, key = features
     else:
@@ -232,9 +246,23 @@ class Refinement(nn.Module):
       query, key = wasserstein_as_dot(mean_q, covariance(cov_q), mean_k, covariance(cov_k))
     return query * self.rank ** -0.5, key
 
-  def _slots(self, table: jax.Array, length: int) -> jax.Array:
-    """Returns the rows of a slot table that a batch of this length uses, (H, L, r)."""
-    return jnp.broadcast_to(table[:, self.max_length - length:], (self.heads, length, self.rank))
+  def _sum_slots(self, weights_HxBxbxK: jax.Array, tables: Sequence[jax.Array], rows_b: jax.Array,
+                 length: int | None = None) -> list[jax.Array]:
+    """Returns A W for each slot table, (H, B, b, r): the features of the rows with these numbers.
+
+    The batch has this length, K unless it is given; keys beyond the first K have no weight.
+    """
+    keys = weights_HxBxbxK.shape[-1]
+    first = self.max_length - (length or keys)
+    side_by_side = jnp.concatenate(tables, axis=-1)
+    side_by_side = jnp.broadcast_to(side_by_side, (self.heads, *side_by_side.shape[1:]))
+    if self.slots == "end":
+      sums = jnp.einsum("hbij,hjr->hbir", weights_HxBxbxK, side_by_side[:, first:first + keys])
+    else:
+      lags_bxK = rows_b[:, None] - jnp.arange(keys)  # below 0 there is no weight
+      sums = jnp.einsum("hbij,hijr->hbir", weights_HxBxbxK,
+                        side_by_side[:, self.max_length - 1 - jnp.maximum(lags_bxK, 0)])
+    return jnp.split(sums, len(tables), axis=-1)
 
   def _project(self, weights: jax.Array, mask: jax.Array, order: int) -> jax.Array:
     """Returns A Wv within the mask, or A where there is no value projection."""
@@ -251,4 +279,5 @@ def build_refinement(model: Any, max_length: int, name: str | None = None) -> Re
   return Refinement(
       combine=combine, correlation=model.awr.correlation or correlation, heads=model.heads, max_length=max_length,
       rank=model.awr.rank, order=model.awr.order, share_heads=model.awr.share_heads, additive_on=model.awr.additive_on,
-      value_projection=model.awr.value_projection, gate=model.awr.gate, name=name)
+      value_projection=model.awr.value_projection, gate=model.awr.gate, sink=model.attention.sink,
+      slots=model.awr.slots, name=name)
