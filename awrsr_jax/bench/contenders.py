@@ -39,7 +39,7 @@ class Ours:
       self._state = init_state(job.backbone, job.optimizer, config.seed, job.mesh)
       self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
       self._calls = self._forever()
-      self._meet_all_lengths()
+      self._state, _ = self._call(next(self._calls)[1])  # compiles
       self.evaluate(job.corpus.num_users)
     self.compiled = compiled
 
@@ -81,18 +81,10 @@ class Ours:
           job.mesh, job.batches, job.items, 0, feeds.steps_per_call(job.config, job.mesh), job.steps_to_pause))
       for call in calls:
         epoch, first = divmod(step, job.batches.steps_per_epoch)
-        starts, ends, _ = job.batches.epoch_bounds(epoch)
-        yield int(np.maximum(ends - starts - 1, 0)[first:first + call.steps].sum()), call
+        targets = sum(int(np.maximum(ends - starts - 1, 0)[first:first + call.steps].sum())
+                      for starts, ends in zip(*job.batches.epoch_bounds(epoch), strict=True))
+        yield targets, call
         step += call.steps
-
-  def _meet_all_lengths(self) -> None:
-    """Compiles: makes the first step of every length."""
-    met = set()
-    for _, (_, call) in zip(range(self._job.batches.steps_per_epoch), self._calls, strict=False):
-      kind = call.lengths or call.feed["inputs"].shape
-      if kind not in met:
-        met.add(kind)
-        self._state, _ = self._call(call)
 
 
 class Peer:

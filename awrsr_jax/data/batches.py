@@ -1,12 +1,13 @@
 """Batches: left-padded, length-bucketed, each a pure function of (seed, step).
 
 Owns the way from a `Corpus` to int32 arrays. Shapes: B rows, L padded length, S padded length of full histories,
-C candidates. A global batch is cut into equal parts, one for each device of the "data" axis; a batch here holds the
-parts that this process's devices take. Position in the stream is one integer, the step.
+C candidates, T batches of an epoch. A global batch is cut into equal parts, one for each device of the "data" axis; a
+batch here holds the parts that this process's devices take. Position in the stream is one integer, the step.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.data.splits import HELD_OUT, users_of
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 Parts = tuple[tuple[int, ...], int]  # which parts of a global batch, and how many it has; see mesh.local_parts
 WHOLE: Parts = (0,), 1
+ROWS = 8  # of each bucket a batch has a multiple of this, where it divides config.train.batch_size
 NUM_CANDIDATES = 100  # of the sampled protocols, as their name says
 
 
@@ -53,28 +55,36 @@ def training_rows(corpus: Corpus, max_length: int, long_history: str) -> tuple[n
   return starts, ends
 
 
-def plan_buckets(lengths: np.ndarray, count: int) -> tuple[int, ...]:
+def plan_buckets(lengths: np.ndarray, count: int, batches: int = 1, multiple: int = 1) -> tuple[int, ...]:
   """Chooses padded lengths that waste the least padding on these rows (exactly, by dynamic programming).
 
   Args:
     lengths: (R,) real lengths, from 1.
-    count: the most buckets; each costs one compilation.
+    count: the most buckets.
+    batches: over how many batches the rows of each bucket are spread.
+    multiple: of the rows of a bucket in a batch, filling included.
 
   Returns:
     Ascending bucket lengths; the last one holds the longest row.
   """
   grid = np.unique(lengths)
   rows = np.searchsorted(np.sort(lengths), grid, side="right")  # rows that fit into each grid length
-  cost = rows * grid  # cost[j]: padded positions when buckets end at grid[j]
+  filled = lambda rows: fill_up(rows, batches, multiple) * grid[:, None]  # noqa: E731
+  cost = filled(rows[:, None])[:, 0]  # cost[j]: padded positions of a batch when buckets end at grid[j]
   chosen = [[j] for j in range(len(grid))]
   for _ in range(min(count, len(grid)) - 1):
-    step = cost[None, :] + (rows[:, None] - rows[None, :]) * grid[:, None]  # [j, i]: i is the bucket before j
+    step = cost[None, :] + filled(rows[:, None] - rows[None, :])  # [j, i]: i is the bucket before j
     step = np.where(np.tri(len(grid), k=-1, dtype=bool), step, np.iinfo(np.int64).max)
     before = step.argmin(axis=1)
     better = step.min(axis=1) < cost
     chosen = [chosen[before[j]] + [j] if better[j] else chosen[j] for j in range(len(grid))]
     cost = np.minimum(cost, step.min(axis=1))
   return tuple(int(grid[j]) for j in chosen[-1])
+
+
+def fill_up(rows: Any, batches: int, multiple: int) -> Any:
+  """Returns how many rows a batch has room for when `rows` are spread over batches, a multiple."""
+  return -(-rows // (batches * multiple)) * multiple
 
 
 def gather_rows(items: Any, starts: Any, ends: Any, length: int, xp: Any = np) -> Any:
@@ -101,18 +111,19 @@ def take_parts(x: np.ndarray, batch_size: int, parts: Parts) -> np.ndarray:
 class TrainBatches:
   """Training batches by index: `batches[step]` is this process's parts of global batch `step`.
 
-  Rows are shuffled, sorted by bucket and cut into batches, so that a batch is padded only to the bucket of its longest
-  row; then the batches are shuffled. Every row comes once an epoch. Only one batch of an epoch is not full: its missing
-  rows are all padding.
+  A batch is one array for each bucket, with rows that fit into it: the rows of every bucket are shuffled and spread
+  evenly over the batches of an epoch. So every batch has rows of all lengths, as if rows were drawn from all of them,
+  little padding, and the same shapes. Every row comes once an epoch.
   """
 
   items: Any  # of a corpus
   starts: np.ndarray
   ends: np.ndarray
   buckets: tuple[int, ...]
-  batch_size: int
+  batch_size: int  # real rows, on average a little fewer
   epochs: int
   seed: int
+  multiple: int = 1  # of the rows of a bucket in a batch
   parts: Parts = WHOLE
 
   @property
@@ -128,35 +139,50 @@ class TrainBatches:
   def _bucket_of_row(self) -> np.ndarray:
     return np.searchsorted(self.buckets, self.ends - self.starts - 1)
 
-  @functools.lru_cache(maxsize=2)  # noqa: B019 (two epochs at most, and there is one such object a run)
-  def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of an epoch in batch order, and the order of its batches."""
-    rng = np.random.default_rng([self.seed, epoch])
-    rows = rng.permutation(len(self.starts))
-    rows = rows[np.argsort(self._bucket_of_row[rows], kind="stable")]
-    return rows, rng.permutation(self.steps_per_epoch)
+  @functools.cached_property
+  def _rows_of_bucket(self) -> np.ndarray:
+    return np.bincount(self._bucket_of_row, minlength=len(self.buckets))
 
-  def epoch_bounds(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns starts (T, B) and ends (T, B) of the rows of every global batch of an epoch, and its bucket (T,)."""
-    rows, order = self._epoch(epoch)
-    fill = self.steps_per_epoch * self.batch_size - len(rows)
-    starts, ends = (np.pad(x[rows], (0, fill)).reshape(-1, self.batch_size)[order] for x in (self.starts, self.ends))
-    newest = np.minimum((order + 1) * self.batch_size, len(rows)) - 1  # the longest row of each batch is its last
-    return starts, ends, self._bucket_of_row[rows[newest]]
+  @functools.cached_property
+  def sizes(self) -> tuple[int, ...]:
+    """How many rows of each bucket a global batch has room for."""
+    return tuple(fill_up(self._rows_of_bucket, self.steps_per_epoch, self.multiple).tolist())
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019 (two epochs at most, and there is one such object a run)
+  def _epoch(self, epoch: int) -> list[np.ndarray]:
+    """Returns the shuffled rows of each bucket."""
+    rows = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts))
+    rows = rows[np.argsort(self._bucket_of_row[rows], kind="stable")]
+    return np.split(rows, np.cumsum(self._rows_of_bucket)[:-1])
+
+  def _rows(self, epoch: int, batch: int) -> list[np.ndarray]:
+    """Returns the rows of each bucket in a global batch."""
+    return [rows[batch * len(rows) // self.steps_per_epoch:(batch + 1) * len(rows) // self.steps_per_epoch]
+            for rows in self._epoch(epoch)]
+
+  def epoch_bounds(self, epoch: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Returns starts and ends of the rows of every global batch of an epoch: (T, B) for each bucket."""
+    bounds = []
+    for x in (self.starts, self.ends):
+      batches = [[np.pad(x[rows], (0, size - len(rows))) for rows, size in zip(self._rows(epoch, batch), self.sizes,
+                                                                               strict=True)]
+                 for batch in range(self.steps_per_epoch)]
+      bounds.append(tuple(map(np.stack, zip(*batches, strict=True))))
+    return bounds[0], bounds[1]
 
   def __len__(self) -> int:
     return self.epochs * self.steps_per_epoch
 
   def __getitem__(self, step: int) -> Batch:
-    """Returns inputs_BxL and targets_BxL, int32; B is batch_size times the share of the parts."""
-    epoch, batch = divmod(int(step), self.steps_per_epoch)
-    rows, order = self._epoch(epoch)
-    rows = rows[order[batch] * self.batch_size:(order[batch] + 1) * self.batch_size]
-    length = self.buckets[self._bucket_of_row[rows[-1]]]
-    starts, ends = (take_parts(x[rows], self.batch_size, self.parts) for x in (self.starts, self.ends))
-    rows = gather_rows(self.items, starts, ends, length + 1)
-    inputs = np.ascontiguousarray(rows[:, :-1])
-    return {"inputs": inputs, "targets": np.where(inputs > 0, rows[:, 1:], 0)}  # the first item is no target
+    """Returns inputs and targets: for each bucket int32 (B, L), B its size times the share of the parts."""
+    inputs, targets = [], []
+    for rows, size, length in zip(self._rows(*divmod(int(step), self.steps_per_epoch)), self.sizes, self.buckets,
+                                  strict=True):
+      starts, ends = (take_parts(x[rows], size, self.parts) for x in (self.starts, self.ends))
+      rows = gather_rows(self.items, starts, ends, length + 1)
+      inputs.append(np.ascontiguousarray(rows[:, :-1]))
+      targets.append(np.where(inputs[-1] > 0, rows[:, 1:], 0))  # the first item is no target
+    return {"inputs": tuple(inputs), "targets": tuple(targets)}
 
 
 def training_batches(corpus: Corpus, config: Any, parts: Parts = WHOLE) -> TrainBatches:
@@ -165,11 +191,13 @@ def training_batches(corpus: Corpus, config: Any, parts: Parts = WHOLE) -> Train
   Raises:
     ValueError: there is nothing to train on.
   """
-  data = config.data
+  data, train = config.data, config.train
   starts, ends = training_rows(corpus, data.max_length, data.long_history)
-  buckets = plan_buckets(ends - starts - 1, data.buckets)
-  return TrainBatches(corpus.items, starts, ends, buckets, config.train.batch_size, config.train.epochs, config.seed,
-                      parts)
+  batches = -(-len(starts) // train.batch_size)
+  # The same for up to ROWS devices, which therefore train alike.
+  multiple = math.lcm(math.gcd(train.batch_size, ROWS), parts[1] * train.accumulate)
+  buckets = plan_buckets(ends - starts - 1, data.buckets, batches, multiple)
+  return TrainBatches(corpus.items, starts, ends, buckets, train.batch_size, train.epochs, config.seed, multiple, parts)
 
 
 def stream(batches: TrainBatches, start: int) -> Iterator[Batch]:

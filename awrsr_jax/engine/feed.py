@@ -18,7 +18,7 @@ from awrsr_jax.engine import mesh as meshes
 RESIDENT_BYTES = 1 << 30  # the largest corpus that goes onto every device by itself
 STEPS_PER_CALL = 16  # on accelerators, where a step may take less than calling it
 
-Feed = dict[str, jax.Array]
+Feed = dict[str, Any]  # of arrays, or tuples with one a bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Call:
   """The next call of the train step.
 
   Attributes:
-    lengths: padded lengths that its batches may have, a static argument; () where the feed is the batch itself.
+    lengths: of the buckets, a static argument; () where the feed is the batch itself.
     feed: what it takes, apart from `stop`.
     steps: how many steps it makes.
   """
@@ -63,11 +63,12 @@ def build_rows(items: jax.Array, starts_B: jax.Array, ends_B: jax.Array, length:
   return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec("data")))
 
 
-def build_batch(feed: Feed, index: jax.Array, length: int, mesh: Mesh) -> Feed:
-  """Returns inputs_BxL and targets_BxL of one step of an epoch that lives on the devices."""
-  starts_B, ends_B = feed["starts"][index], feed["ends"][index]
-  return {"inputs": build_rows(feed["items"], starts_B, ends_B - 1, length, mesh),
-          "targets": build_rows(feed["items"], starts_B + 1, ends_B, length, mesh)}
+def build_batch(feed: Feed, index: jax.Array, lengths: tuple[int, ...], mesh: Mesh) -> Feed:
+  """Returns inputs and targets, (B, L) for each bucket, of one step of an epoch that lives on the devices."""
+  rows = lambda first, last: tuple(  # noqa: E731
+      build_rows(feed["items"], starts_TxB[index] + first, ends_TxB[index] - 1 + last, length, mesh)
+      for starts_TxB, ends_TxB, length in zip(feed["starts"], feed["ends"], lengths, strict=True))
+  return {"inputs": rows(0, 0), "targets": rows(1, 1)}
 
 
 def place_rows(mesh: Mesh, rows_TxB: np.ndarray) -> jax.Array:
@@ -92,14 +93,12 @@ def resident_calls(mesh: Mesh, batches: data_batches.TrainBatches, items: jax.Ar
   step = start
   while step < len(batches):
     epoch, first = divmod(step, batches.steps_per_epoch)
-    starts, ends, bucket = batches.epoch_bounds(epoch)
-    feed = {"items": items, "starts": place_rows(mesh, starts), "ends": place_rows(mesh, ends),
-            "bucket": meshes.replicate(mesh, bucket.astype(np.int32))}
+    starts, ends = (tuple(place_rows(mesh, rows_TxB) for rows_TxB in bounds) for bounds in batches.epoch_bounds(epoch))
+    feed = {"items": items, "starts": starts, "ends": ends}
     while first < batches.steps_per_epoch:
       count = min(most, steps_to_pause(step), batches.steps_per_epoch - first)
-      here = feed | {"first": np.int32(first)}
-      yield (Call((batches.buckets[bucket[first]],), here, 1) if most == 1 else
-             Call(batches.buckets, here | {"count": np.int32(count)}, count))
+      several = {"count": np.int32(count)} if most > 1 else {}
+      yield Call(batches.buckets, feed | {"first": np.int32(first)} | several, count)
       first, step = first + count, step + count
 
 

@@ -94,7 +94,7 @@ def local_parts(mesh: Mesh) -> Parts:
   return tuple(np.flatnonzero(here.any(axis=1)).tolist()), mesh.shape["data"]
 
 
-def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def to_global(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
   """Returns a batch as global arrays, split over "data"; each process brings its own parts (see local_parts).
 
   With it goes `stop`, of a process that was not told to; see stop_flags.
@@ -111,7 +111,7 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
     return jax.make_array_from_callback((size * count, *rows.shape[1:]), split, take)
 
-  return {name: place(rows) for name, rows in batch.items()} | {"stop": stop_flags(mesh, False)}
+  return jax.tree.map(place, batch) | {"stop": stop_flags(mesh, False)}
 
 
 @functools.cache

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from awrsr_jax.config import PER_POSITION
 from awrsr_jax.model import losses
 from awrsr_jax.model.hidden import hide_other_rows
 
@@ -19,7 +20,7 @@ CHUNK_POSITIONS = 256  # of the full softmax at a time: [chunk, items] scores st
 CHUNK_SCORES = 1 << 27  # the most scores of a chunk on a device: 512 MiB
 
 
-def objective(backbone: nn.Module, mesh: Mesh, params: Any, batch: dict[str, jax.Array], cumulative: jax.Array,
+def objective(backbone: nn.Module, mesh: Mesh, params: Any, batch: dict[str, Any], cumulative: jax.Array,
               loss: Any, keys: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Returns (sum of the loss over real targets, number of real targets), both float32 scalars.
 
@@ -27,34 +28,56 @@ def objective(backbone: nn.Module, mesh: Mesh, params: Any, batch: dict[str, jax
     backbone: any backbone of the contract.
     mesh: where parameters and batch live.
     params: its parameters.
-    batch: inputs_BxL, targets_BxL.
+    batch: inputs and targets, (B, L) for each bucket.
     cumulative: (I,) int32, training interactions with items 1 to i; read by popularity negatives only.
     loss: the `loss` node of a config.
     keys: "dropout" and "negatives".
   """
-  inputs_BxL, targets_BxL = batch["inputs"], batch["targets"]
+  inputs, targets = (jax.tree.leaves(batch[name]) for name in ("inputs", "targets"))
+  of_bucket = lambda purpose, index: jax.random.fold_in(keys[purpose], index)  # noqa: E731
   bound = lambda method, *args: backbone.apply({"params": params}, *args, method=method)  # noqa: E731
-  hidden = backbone.apply({"params": params}, inputs_BxL, True, method="encode", rngs={"dropout": keys["dropout"]})
-  num_items = backbone.num_items
-  match loss.name:
-    case "softmax":
-      return full_softmax(backbone, mesh, bound("catalogue"), hidden, targets_BxL), count_real(targets_BxL)
-    case "sampled_softmax":
-      negatives_K, log_expected_K = draw_shared(keys["negatives"], loss, num_items, cumulative)
-      loss_BxL = losses.sampled_softmax(
-          bound("score", hidden, targets_BxL[..., None])[..., 0], bound("score", hidden, negatives_K), log_expected_K,
-          collides=negatives_K[None, None] == targets_BxL[..., None])
-    case _:
-      negatives_BxLxK = draw_unseen(keys["negatives"], inputs_BxL, targets_BxL, loss.num_negatives, num_items)
-      candidates = jnp.concatenate([targets_BxL[..., None], negatives_BxLxK], axis=-1)
-      scores = bound("score", hidden, candidates)  # all at once: one gradient of the table to sum over devices
-      positive, negatives = scores[..., 0], scores[..., 1:]
-      loss_BxL = {"bce": losses.bce, "bpr": losses.bpr,
-                  "gbce": lambda p, n: losses.gbce(p, n, num_items, loss.gbce_t)}[loss.name](positive, negatives)
-      if loss.pvn_weight:
-        between = bound("score", bound("items", targets_BxL), negatives_BxLxK)
-        loss_BxL += loss.pvn_weight * losses.positive_vs_negative(positive, between)
+  hidden = [backbone.apply({"params": params}, inputs_BxL, True, method="encode",
+                           rngs={"dropout": of_bucket("dropout", index)}) for index, inputs_BxL in enumerate(inputs)]
+  if loss.name in PER_POSITION:
+    total = sum(jnp.sum(contrast(bound, loss, backbone.num_items, of_bucket("negatives", index), *rows))
+                for index, rows in enumerate(zip(inputs, targets, hidden, strict=True)))
+    return total, sum(map(count_real, targets))
+  hidden_BxL, targets_BxL = join(mesh, hidden), join(mesh, targets)  # all meet the same items
+  if loss.name == "softmax":
+    return full_softmax(backbone, mesh, bound("catalogue"), hidden_BxL, targets_BxL), count_real(targets_BxL)
+  negatives_K, log_expected_K = draw_shared(keys["negatives"], loss, backbone.num_items, cumulative)
+  loss_BxL = losses.sampled_softmax(
+      bound("score", hidden_BxL, targets_BxL[..., None])[..., 0], bound("score", hidden_BxL, negatives_K),
+      log_expected_K, collides=negatives_K[None, None] == targets_BxL[..., None])
   return jnp.sum(jnp.where(targets_BxL > 0, loss_BxL, 0)), count_real(targets_BxL)
+
+
+def contrast(bound: Callable, loss: Any, num_items: int, key: jax.Array, inputs_BxL: jax.Array, targets_BxL: jax.Array,
+             hidden: Any) -> jax.Array:
+  """Returns (B, L), the loss of every position beside negatives of its own, 0 where there is no target.
+
+  `bound` calls a method of the backbone; the other arguments are those of objective, of one bucket.
+  """
+  negatives_BxLxK = draw_unseen(key, inputs_BxL, targets_BxL, loss.num_negatives, num_items)
+  candidates = jnp.concatenate([targets_BxL[..., None], negatives_BxLxK], axis=-1)
+  scores = bound("score", hidden, candidates)  # all at once: one gradient of the table to sum over devices
+  positive, negatives = scores[..., 0], scores[..., 1:]
+  loss_BxL = {"bce": losses.bce, "bpr": losses.bpr,
+              "gbce": lambda p, n: losses.gbce(p, n, num_items, loss.gbce_t)}[loss.name](positive, negatives)
+  if loss.pvn_weight:
+    between = bound("score", bound("items", targets_BxL), negatives_BxLxK)
+    loss_BxL += loss.pvn_weight * losses.positive_vs_negative(positive, between)
+  return jnp.where(targets_BxL > 0, loss_BxL, 0)
+
+
+def join(mesh: Mesh, buckets: list[Any]) -> Any:
+  """Returns trees of (B, L, ...), one a bucket, as a tree of (data, positions, ...): each device keeps what it has."""
+  if len(buckets) == 1:
+    return buckets[0]
+  data, split = mesh.shape["data"], NamedSharding(mesh, PartitionSpec("data"))
+  flat = lambda x: x.reshape(data, -1, *x.shape[2:])  # noqa: E731
+  return jax.lax.with_sharding_constraint(
+      jax.tree.map(lambda *xs: jnp.concatenate(list(map(flat, xs)), axis=1), *buckets), split)
 
 
 def count_real(targets_BxL: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The train step: one pure function of (state, batch), compiled once for each length of batches."""
+"""The train step: one pure function of (state, batch), compiled once."""
 
 import functools
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], cumulative: jax.A
 
   Args:
     state: before the step.
-    batch: inputs_BxL, targets_BxL, stop; see mesh.to_global.
+    batch: inputs and targets, (B, L) for each bucket, and stop; see mesh.to_global.
     cumulative: (I,) int32 popularity, see objective.
     backbone, mesh, optimizer, config: static.
     targets_per_step: see TrainBatches.
@@ -86,27 +86,24 @@ def make_train_step(backbone: nn.Module, mesh: Mesh, optimizer: optax.GradientTr
                     targets_per_step: float) -> Callable:
   """Returns the jitted (state, feed, cumulative, lengths=()) -> (state, Report); the old state is given up.
 
-  The feed is a batch; or, where `lengths` are given (static), an epoch that lives on the devices, see
-  feed.resident_calls: its step `first`, of the one length given; or, where the feed has a `count`, so many steps from
-  there, each of one of the lengths.
+  The feed is a batch; or, where the `lengths` of buckets are given (static), an epoch that lives on the devices, see
+  feed.resident_calls: its step `first`, or, where the feed has a `count`, so many steps from there.
   """
   one_step = functools.partial(train_step, backbone=backbone, mesh=mesh, optimizer=optimizer, config=config,
                                targets_per_step=targets_per_step)
 
   def step(state: TrainState, feed: Feed, cumulative: jax.Array,
            lengths: tuple[int, ...] = ()) -> tuple[TrainState, Report]:
-    def from_epoch(state: TrainState, index: jax.Array, length: int) -> tuple[TrainState, Report]:
-      batch = jax.lax.optimization_barrier(build_batch(feed, index, length, mesh))  # else rounding would depend on it
-      return one_step(state, batch | {"stop": feed["stop"]}, cumulative)
+    def from_epoch(index: jax.Array, carry: tuple[TrainState, Report]) -> tuple[TrainState, Report]:
+      batch = jax.lax.optimization_barrier(build_batch(feed, index, lengths, mesh))  # else rounding would depend on it
+      return one_step(carry[0], batch | {"stop": feed["stop"]}, cumulative)
 
     if not lengths:
       return one_step(state, feed, cumulative)
+    start = state, Report(state.window, state.bad_step, jnp.int32(0))
     if "count" not in feed:
-      return from_epoch(state, feed["first"], *lengths)
-    of_length = [functools.partial(from_epoch, length=length) for length in lengths]
-    report = Report(state.window, state.bad_step, jnp.int32(0))
-    return jax.lax.fori_loop(feed["first"], feed["first"] + feed["count"], lambda index, carry: jax.lax.switch(
-        feed["bucket"][index], of_length, carry[0], index), (state, report))
+      return from_epoch(feed["first"], start)
+    return jax.lax.fori_loop(feed["first"], feed["first"] + feed["count"], from_epoch, start)
 
   # XLA for the CPU would otherwise find what is made twice, and keep it the first time.
   options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
