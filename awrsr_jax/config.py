@@ -95,7 +95,7 @@ def default() -> ml_collections.ConfigDict:
   data.split.seed = 0  # users: which ones, by a hash of their raw id
   data.max_length = 50  # n: the longest input the model sees
   data.long_history = "newest"  # histories longer than n: the newest n | windows (consecutive, all trained on)
-  data.buckets = 4  # static batch lengths, placed where they save the most padding
+  data.buckets = 4  # padded lengths, at most; a batch has rows of each; placed where they save the most padding
   data.feed = "auto"  # device (the corpus lives there) | host (batches are sent) | auto: device up to 1 GiB
   data.tfds = ml_collections.ConfigDict()
   data.tfds.name = ""  # as in tfds.builder: "movielens/100k-ratings"
@@ -145,7 +145,7 @@ def default() -> ml_collections.ConfigDict:
 
   config.train = train = ml_collections.ConfigDict()
   train.epochs = 100
-  train.batch_size = 128  # sequences in a global batch
+  train.batch_size = 128  # sequences in a global batch, of every bucket its share
   train.steps_per_call = config_dict.placeholder(int)  # with data.feed on the device; None: 1 on CPUs, else 16
   train.accumulate = 1  # pieces that a batch is worked through in, one after another: less memory, the same update
   train.optimizer = "adam"  # adam | adamw
@@ -246,6 +246,10 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.awr.correlation and model.refine == "none":
     raise ValueError(f"config.model.awr.correlation={model.awr.correlation} needs a refinement; "
                      "config.model.refine=none has nothing to correlate")
+  if model.awr.slots == "lag" and model.refine == "none":
+    raise ValueError("config.model.awr.slots=lag needs a refinement; config.model.refine=none has no slot tables")
+  if model.attention.sink is not None and not math.isfinite(model.attention.sink):
+    raise ValueError(f"config.model.attention.sink={model.attention.sink} must be a finite number, or None")
   if loss.negatives == "popularity" and loss.name != "sampled_softmax":
     raise ValueError(f"config.loss.negatives=popularity needs config.loss.name=sampled_softmax, not {loss.name}: "
                      "only there is the sampling bias corrected")
@@ -261,9 +265,12 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.awr.gate is not None and not (mixes and model.awr.gate < 1):
     raise ValueError(f"config.model.awr.gate={model.awr.gate} is the share of refined weights at the start, between 0 "
                      "and 1, and needs config.model.refine=value, or additive with model.awr.additive_on=weights")
+  mixes_lags = model.awr.slots == "lag" and model.refine == "value" and model.awr.order > 1
   squares = model.backbone == "stosa"
-  if model.attention.implementation == "fused" and (model.awr.value_projection or (mixes and squares)):
+  if model.attention.implementation == "fused" and (model.awr.value_projection or mixes_lags or (mixes and squares)):
     reason = ("config.model.awr.value_projection=True" if model.awr.value_projection else
+              f"config.model.awr.slots=lag with config.model.refine=value of config.model.awr.order={model.awr.order}"
+              if mixes_lags else
               f"config.model.refine={model.refine} on weights with config.model.backbone=stosa, which squares them")
     raise ValueError(f"config.model.attention.implementation=fused cannot do {reason}; use auto or reference")
   if model.refine == "stochastic" and model.awr.correlation == "dot":

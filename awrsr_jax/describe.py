@@ -71,7 +71,7 @@ def describe(config: ml_collections.ConfigDict, path: str | None = None) -> dict
 def plan_padding(corpus: Corpus, data: Any) -> list[dict[str, Any]]:
   """Returns how much of an epoch's training positions is padding, by the number of batch lengths.
 
-  Each row counts as padded to its own bucket; where one bucket ends and the next begins, a batch has rows of both.
+  Each row counts as padded to its own bucket; rows that only fill a batch up are not counted.
 
   Args:
     corpus: with offsets and split.

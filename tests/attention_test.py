@@ -5,25 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awrsr_jax.model.attention import attend, causal_mask, dot_scores, masked_softmax
+from awrsr_jax.model.attention import attend, causal_mask, dot_scores, masked_softmax, softmax
 
 REAL_BxL = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
 MASK = np.asarray(causal_mask(jnp.asarray(REAL_BxL)))
 
 
-def softmax_by_loops(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+def softmax_by_loops(scores: np.ndarray, allowed: np.ndarray, sink: float | None = None) -> np.ndarray:
   """Returns the softmax of one row within its mask, float64; zeros where nothing is allowed."""
   row = np.zeros(len(scores))
   total = sum(np.exp(float(s)) for s, ok in zip(scores, allowed, strict=True) if ok)
+  total += 0 if sink is None else np.exp(float(sink))
   for j in range(len(scores)):
     if allowed[j]:
       row[j] = np.exp(float(scores[j])) / total
   return row
 
 
-def weights_by_loops(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def weights_by_loops(scores: np.ndarray, mask: np.ndarray, sink: float | None = None) -> np.ndarray:
   """Returns the softmax of every row of one (L, L) matrix within its mask, float64."""
-  return np.stack([softmax_by_loops(scores[i], mask[i]) for i in range(len(scores))])
+  return np.stack([softmax_by_loops(scores[i], mask[i], sink) for i in range(len(scores))])
 
 
 def mask_by_loops(real_L: np.ndarray) -> np.ndarray:
@@ -66,6 +67,43 @@ def test_masked_softmax_agrees_with_loops():
   found = masked_softmax(scores, MASK)
   for b, h in np.ndindex(4, 2):
     np.testing.assert_allclose(found[b, h], weights_by_loops(scores[b, h], MASK[b, 0]), atol=1e-6)
+
+
+SINKS = np.array([-1.5, 2.0], np.float32)[None, :, None, None]  # of two heads
+
+
+def test_a_softmax_beside_a_sink_agrees_with_loops_and_the_sink_takes_what_is_missing():
+  scores = draw(0, 4, 2, 5, 5) * 3
+  found = np.asarray(masked_softmax(scores, MASK, SINKS))
+  for b, h in np.ndindex(4, 2):
+    np.testing.assert_allclose(found[b, h], weights_by_loops(scores[b, h], MASK[b, 0], SINKS[0, h, 0, 0]), atol=1e-6)
+  has_key = np.broadcast_to(MASK.any(axis=-1), found.shape[:-1])
+  sums = found.sum(axis=-1)
+  assert np.all(sums[has_key] < 1) and np.all(sums[has_key] > 0) and np.all(found[~has_key] == 0)
+  # A key with the sink's score, whose weight is the missing part.
+  with_key = np.concatenate([np.broadcast_to(SINKS, (4, 2, 5, 1)), np.where(MASK, scores, -np.inf)], axis=-1)
+  whole = np.asarray(jax.nn.softmax(with_key, axis=-1))
+  np.testing.assert_allclose((1 - sums)[has_key], whole[..., 0][has_key], atol=1e-6)
+  np.testing.assert_allclose(found[has_key], whole[..., 1:][has_key], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_sink_is_finite_with_its_gradient_wherever_it_lies(scale):
+  scores, probe = draw(7, 4, 2, 5, 5) * np.float32(scale), draw(8, 4, 2, 5, 5)
+  for sink in (SINKS, SINKS * np.float32(1e4)):
+    with jax.debug_nans(True):
+      weights, back = jax.vjp(lambda scores, sink: masked_softmax(scores, MASK, sink), scores, sink)
+      grads = back(jnp.asarray(probe))
+    assert all(np.all(np.isfinite(leaf)) for leaf in (weights, *grads))
+    without_key = np.broadcast_to(~MASK.any(axis=-1), (4, 2, 5))
+    assert not np.any(np.asarray(weights)[without_key]) and not np.any(np.asarray(grads[0])[without_key])
+  shift = jax.grad(lambda shift: jnp.sum(masked_softmax(scores + shift, MASK, SINKS + shift) * probe))(0.0)
+  assert abs(shift) < 1e-4  # moves nothing
+
+
+def test_a_sink_far_below_all_scores_is_none():
+  scores = draw(0, 4, 2, 5, 5)
+  np.testing.assert_allclose(softmax(scores, SINKS - 1e3), softmax(scores), atol=1e-7)
 
 
 def test_dot_attention_agrees_with_loops():

@@ -40,9 +40,10 @@ def peer(tmp_path, monkeypatch):
 
 def test_a_contender_counts_real_targets_and_ranks_users(small_config):
   ours = contenders.Ours("ours", small_config)
-  turns = [ours.train(0) for _ in range(4)]  # after the first epoch, which compiled: the second
-  assert [turn["steps"] for turn in turns] == [1, 1, 1, 1]
-  assert sum(turn["interactions"] for turn in turns) == round(4 * ours._job.batches.targets_per_step)
+  turns = [ours.train(0) for _ in range(8)]  # after the first step, which compiled; of 4 steps an epoch, over and over
+  assert [turn["steps"] for turn in turns] == [1] * 8
+  assert [turn["interactions"] for turn in turns] == [
+      sum((targets > 0).sum() for targets in ours._job.batches[step % 8]["targets"]) for step in range(1, 9)]
   assert ours.compiled.programs > 0
   assert ours.evaluate(7)["users"] == 7
 

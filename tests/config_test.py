@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import math
 import pathlib
 import re
 
@@ -151,7 +152,8 @@ def test_zero_is_refused_where_something_is_counted_or_divided_by_it(key):
 def test_every_number_has_a_bound_and_every_name_its_choices():
   numbers = {key for key in LEAVES if TYPES[key] in (int, float)}
   texts = {key for key in LEAVES if TYPES[key] is str}
-  assert numbers - configs.BOUNDS.keys() == {"mesh.data", "data.min_rating"}  # -1 or at least 1; any number
+  assert numbers - configs.BOUNDS.keys() == {
+      "mesh.data", "data.min_rating", "model.attention.sink"}  # -1 or at least 1; any number; any number
   assert texts - configs.CHOICES.keys() == FREE_TEXT
   assert configs.BOUNDS.keys() <= numbers and configs.CHOICES.keys() <= texts
 
@@ -185,6 +187,10 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
     ({"model__refine": "additive", "model__awr__value_projection": True}, "config.model.awr.value_projection"),
     ({"model__refine": "stochastic", "model__awr__correlation": "dot"}, "config.model.refine=stochastic"),
     ({"model__refine": "none", "model__awr__correlation": "dot"}, "config.model.awr.correlation=dot"),
+    ({"model__refine": "none", "model__awr__slots": "lag"}, "config.model.awr.slots=lag needs a refinement"),
+    ({"model__awr__slots": "lag", "model__awr__order": 2, "model__attention__implementation": "fused"},
+     "fused cannot do config.model.awr.slots=lag with config.model.refine=value of config.model.awr.order=2"),
+    ({"model__attention__sink": math.inf}, "config.model.attention.sink=inf must be a finite number"),
     ({"model__faithful": True}, "not {'backbone': 'sasrec', 'norm': 'pre', 'activation': 'relu', 'ffn_width': 64}"),
     (PUBLISHED | {"model__ffn_width": 64}, "ffn_width=256 (4 * width); not {'ffn_width': 64}"),
     ({"loss__pvn_weight": 0.1, "loss__name": "bpr"}, "config.model.backbone=sasrec are no distances"),
@@ -228,6 +234,10 @@ def test_rating_floors_are_numbers_and_users_are_left_to_train_on():
     {"model__refine": "stochastic", "model__awr__correlation": "wasserstein"}, {"model__refine": "stochastic"},
     {"loss__negatives": "popularity", "loss__name": "sampled_softmax"}, {"model__backbone": "stosa"}, PUBLISHED,
     {"model__backbone": "stosa", "loss__name": "gbce", "loss__pvn_weight": 0.1},
+    {"model__awr__slots": "lag", "model__awr__order": 2}, {"model__refine": "none", "model__attention__sink": -2.5},
+    {"model__awr__slots": "lag", "model__attention__implementation": "fused", "model__attention__sink": 0.0},
+    {"model__awr__slots": "lag", "model__awr__order": 2, "model__attention__implementation": "fused",
+     "model__refine": "simple"},
 ])
 def test_values_that_fit_together_are_accepted(values):
   final = dict(configs.walk(configs.finalize(changed(**values))))

@@ -40,12 +40,16 @@ def make_config(loss, backbone):
 
 
 def make_batch():
-  """16 histories of different lengths; the last is all padding."""
+  """16 histories of up to 8 items and 8 of up to 3, of different lengths; the last of each bucket is all padding."""
   rng = np.random.default_rng(0)
-  rows = rng.integers(1, ITEMS + 1, size=(16, 9)).astype(np.int32)
-  rows[np.arange(9) < rng.integers(0, 8, size=16)[:, None]] = 0
-  rows[-1] = 0
-  return {"inputs": np.where(rows[:, 1:] > 0, rows[:, :-1], 0), "targets": np.where(rows[:, :-1] > 0, rows[:, 1:], 0)}
+  inputs, targets = [], []
+  for size, length in ((16, 8), (8, 3)):
+    rows = rng.integers(1, ITEMS + 1, size=(size, length + 1)).astype(np.int32)
+    rows[np.arange(length + 1) < rng.integers(0, length, size=size)[:, None]] = 0
+    rows[-1] = 0
+    inputs.append(np.where(rows[:, 1:] > 0, rows[:, :-1], 0))
+    targets.append(np.where(rows[:, :-1] > 0, rows[:, 1:], 0))
+  return {"inputs": tuple(inputs), "targets": tuple(targets)}
 
 
 def run(config, shape, state, steps=2):
@@ -100,8 +104,8 @@ def test_one_and_eight_devices_make_the_same_update(runs):
 
 def test_an_update_moves_every_parameter_and_counts_what_is_real(runs):
   (start, first, second), windows, *_ = runs[1, 1]
-  real = (make_batch()["targets"] > 0).sum()
-  assert 0 < real < 16 * 8
+  real = sum((targets > 0).sum() for targets in make_batch()["targets"])
+  assert 16 < real < 16 * 8 + 8 * 3
   assert [window.positions for window in windows] == [real, 2 * real] and [w.steps for w in windows] == [1, 2]
   assert 0 < windows[1].loss - windows[0].loss < windows[0].loss * 1.5 and windows[0].grad_norm > 0
   assert [int(state.step) for state in (start, first, second)] == [0, 1, 2]
@@ -149,7 +153,8 @@ def test_no_table_travels_between_devices(job, backbone):
     step = functools.partial(train_step, backbone=model, mesh=mesh, optimizer=OPTIMIZER, config=config,
                              targets_per_step=60.0)
     whole = jax.ShapeDtypeStruct((rows - 1,), np.int32, sharding=jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    lowered = jax.jit(step).lower(state, {"inputs": split(16, 8), "targets": split(16, 8), "stop": stop}, whole)
+    buckets = split(16, 8), split(8, 4), split(8, 2)
+    lowered = jax.jit(step).lower(state, {"inputs": buckets, "targets": buckets, "stop": stop}, whole)
   sent = collectives(lowered.compile())
   quarters = rows // 4 * 8 * {"sasrec": 1, "stosa": 2}[backbone]
   assert sent and max(np.prod(shape) for shape in sent) <= (16 * 8 * 8 if job == "ranking" else quarters) < rows * 8

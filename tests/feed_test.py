@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from awrsr_jax.engine import compiling
 from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import init_state
@@ -60,16 +61,30 @@ def test_device_and_host_and_files_and_several_steps_a_call_train_bit_equal(tmp_
 def test_an_epoch_on_the_devices_has_the_batches_of_the_host(small_config):
   small_config.data.feed = "device"
   job = make_job(small_config)
-  build = jax.jit(lambda feed, index, length: feeds.build_batch(feed, index, length, job.mesh), static_argnums=2)
+  build = jax.jit(lambda feed, index, lengths: feeds.build_batch(feed, index, lengths, job.mesh), static_argnums=2)
   calls = feeds.resident_calls(job.mesh, job.batches, job.items, 0, 1, job.steps_to_pause)
-  lengths = set()
   for step, call in enumerate(calls):
-    expected, (length,) = job.batches[step], call.lengths
-    lengths.add(length)
-    made = build(call.feed, call.feed["first"], length)
-    for name in expected:
-      np.testing.assert_array_equal(made[name], expected[name])
-  assert step + 1 == len(job.batches) and lengths == set(job.batches.buckets)
+    made = build(call.feed, call.feed["first"], call.lengths)
+    jax.tree.map(np.testing.assert_array_equal, made, job.batches[step])
+  assert step + 1 == len(job.batches) and build._cache_size() == 1 and len(job.batches.buckets) == 2
+
+
+@pytest.mark.parametrize("feed", ["device", "host"])
+def test_a_run_has_one_train_program_whatever_the_lengths_of_its_rows(feed, small_config):
+  small_config.data.feed = feed
+  job = make_job(small_config)
+  assert len(job.batches.buckets) == 2
+  calls = (feeds.streamed_calls(job.mesh, job.batches, 0) if feed == "host" else
+           feeds.resident_calls(job.mesh, job.batches, job.items, 0, 1, job.steps_to_pause))
+  state = init_state(job.backbone, job.optimizer, 0, job.mesh)
+  programs = []
+  for call in calls:
+    assert call.lengths == (() if feed == "host" else job.batches.buckets)
+    with compiling.watching() as compiled:
+      state, _ = job.train_step(state, call.feed | {"stop": meshes.stop_flags(job.mesh, False)}, job.cumulative,
+                                lengths=call.lengths)
+    programs.append(compiled.programs)
+  assert programs == [1] + [0] * (len(job.batches) - 1)
 
 
 def test_calls_end_where_the_host_has_something_to_do(small_config):

@@ -19,12 +19,17 @@ from awrsr_jax.model.stosa import GaussianSelfAttention
 BATCH, LENGTH, N, WIDTH = 3, 19, 21, 8
 REAL = np.arange(LENGTH)[None] >= np.array([0, 12, LENGTH])[:, None]  # the last row is all padding
 MIXES = {"value", "value_shared", "value_gated", "value_wasserstein", "additive_on_weights",
-         "additive_on_weights_wasserstein"}
+         "additive_on_weights_wasserstein", "value_gated_sink", "additive_on_weights_sink", "value_lag",
+         "additive_on_weights_lag", "value_gated_lag_sink"}
 CASES = [("sasrec", variant, 1) for variant in VARIANTS if variant != "value_projection"]
 CASES += [("sasrec", variant, 2) for variant in ("simple", "value", "value_gated", "additive_on_scores",
                                                  "additive_on_weights")]
 CASES += [(kind, variant, 1) for kind in ("stosa", "published") for variant in ("none", "simple", "additive_on_scores")]
 CASES += [("stosa", "stochastic", 1), ("stosa", "stochastic", 2)]
+CASES += [("sasrec", variant, 2) for variant in ("value_gated_sink", "additive_on_weights_sink",
+                                                 "additive_on_scores_sink", "simple_lag", "additive_on_weights_lag")]
+CASES += [("stosa", variant, 1) for variant in ("none_sink", "simple_sink", "additive_on_scores_sink")]
+CASES += [("stosa", "stochastic_sink", 2), ("stosa", "stochastic_lag_shared", 1)]
 BLOCKS = [(4, 2), (8, 8), (64, 8)]  # rows a block, programs: scanned, unrolled, a single block
 
 
@@ -82,6 +87,9 @@ def test_blocks_give_the_values_and_gradients_of_the_reference(kind, variant, or
   assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(wanted[1]))
   assert largest_difference(found[0], wanted[0]) < 1e-5
   assert largest_difference(found[1], wanted[1]) < 1e-5
+  if kind == "sasrec":  # without any key the values add up to 0
+    dense = found[0][0][2]
+    np.testing.assert_array_equal(dense, np.broadcast_to(dense[:1], dense.shape))
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "stosa"])
@@ -131,6 +139,7 @@ def config_of(**changes: Any) -> Any:
     ({"model__backbone": "stosa"}, "refine=value on weights with config.model.backbone=stosa"),
     ({"model__backbone": "stosa", "model__refine": "additive", "model__awr__additive_on": "weights"},
      "refine=additive"),
+    ({"model__awr__slots": "lag", "model__awr__order": 2}, "slots=lag with config.model.refine=value of .*order=2"),
 ])
 def test_fused_is_refused_where_it_cannot_be_and_auto_takes_the_reference(changes, reason):
   with pytest.raises(ValueError, match=reason):
@@ -141,11 +150,14 @@ def test_fused_is_refused_where_it_cannot_be_and_auto_takes_the_reference(change
 
 @pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_config_and_refinement_agree_on_where_fused_is_refused(variant, backbone):
-  refused = bool(build_refinement(model_of(variant), N).refuses_blocks(squares=backbone == "stosa"))
-  assert refused == (variant == "value_projection" or (backbone == "stosa" and variant in MIXES))
+@pytest.mark.parametrize("order", [1, 2])
+def test_config_and_refinement_agree_on_where_fused_is_refused(variant, backbone, order):
+  refused = bool(build_refinement(model_of(variant, order), N).refuses_blocks(squares=backbone == "stosa"))
+  assert refused == (variant == "value_projection" or (backbone == "stosa" and variant in MIXES)
+                     or (order == 2 and variant in ("value_lag", "value_gated_lag_sink")))
   config = default()
-  config.model.update({**VARIANTS[variant], "backbone": backbone})
-  config.model.attention.implementation = "fused"
+  config.model.backbone = backbone
+  config.model.update(VARIANTS[variant])
+  config.model.attention.implementation, config.model.awr.order = "fused", order
   with pytest.raises(ValueError, match="fused cannot do") if refused else contextlib.nullcontext():
     finalize(config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from awrsr_jax.model.gaussian import covariance, deviation, pairwise_wasserstein, wasserstein
+from awrsr_jax.model.gaussian import covariance, deviation, pairwise_wasserstein, wasserstein, wasserstein_as_dot
 
 Gaussians = tuple[np.ndarray, np.ndarray]  # mean, covariance
 PLACES = np.array([-200, -90, -30, -5, -1, -1e-3, 0, 1e-3, 1, 5, 30, 200], np.float32)
@@ -63,7 +63,14 @@ def by_product(q: Gaussians, k: Gaussians) -> np.ndarray:
   return np.asarray(pairwise_wasserstein(*q, *k))
 
 
-BOTH = pytest.mark.parametrize("distances", [of_pairs, by_product])
+def by_features(q: Gaussians, k: Gaussians) -> np.ndarray:
+  """The same as products of the features that attention in blocks takes."""
+  query, key = wasserstein_as_dot(*q, *k)
+  assert query.shape[-1] == key.shape[-1] == 2 * q[0].shape[-1] + 2 and query.dtype == key.dtype == jnp.float32
+  return -np.asarray(jnp.einsum("id,jd->ij", query, key, precision="highest"))
+
+
+BOTH = pytest.mark.parametrize("distances", [of_pairs, by_product, by_features])
 
 
 @BOTH
@@ -92,7 +99,7 @@ def test_wasserstein_is_symmetric(distances):
 def test_wasserstein_of_a_gaussian_to_itself_is_zero_and_of_others_is_not(distances):
   q = draw_gaussians(4, 6, 4)
   distance = distances(q, q)
-  np.testing.assert_allclose(np.diag(distance), 0, atol=1e-5 if distances is by_product else 0)
+  np.testing.assert_allclose(np.diag(distance), 0, atol=0 if distances is of_pairs else 1e-5)
   assert np.min(distance + np.eye(6)) > 0.1
 
 

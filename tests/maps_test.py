@@ -144,7 +144,8 @@ def profile_by_loop(trained, histories, rows, n=12):
             for key in range(query + 1):
               weight = float(weights[0, head, query, key])
               by_distance[layer, head, query - key] += weight
-              by_keys[layer, head, query] -= weight * np.log2(weight) if weight > 0 else 0
+              share = weight / float(weights[0, head, query].sum())
+              by_keys[layer, head, query] -= share * np.log2(share) if share > 0 else 0
   return (queries, {name: x / queries.sum() for name, x in mass.items()},
           {name: x / queries for name, x in entropy.items()})
 
@@ -177,6 +178,31 @@ def test_entropy_of_even_weights_is_the_logarithm_of_their_number():
     weights = np.zeros((3, 8), np.float32)
     weights[:, :keys] = 1 / keys
     np.testing.assert_allclose(attention.entropy_bits(weights), np.log2(keys), atol=1e-6)
+    np.testing.assert_allclose(attention.entropy_bits(weights * 0.3), np.log2(keys), atol=1e-6)  # beside a sink
+  np.testing.assert_array_equal(attention.entropy_bits(np.array([[0, 0], [-1, 0], [-1, 2]], np.float32)), [0, 0, 0])
+
+
+def test_a_sink_takes_weight_from_profiles_and_maps_but_no_entropy(histories, workdir, tmp_path, monkeypatch):
+  config = own_config(workdir / "log.csv", "simple")
+  config.model.attention.sink = 2.0
+  train(config, tmp_path / "sink")
+  model = models.load(tmp_path / "sink")
+  rows = np.random.default_rng(3).permutation(42)[:9]
+  profile = attention.measure_profile(model, histories, 9, seed=3)
+  _, mass, entropy = profile_by_loop(model, histories, rows)
+  for name in ("first_order", "refined"):
+    np.testing.assert_allclose(profile.attention[name], mass[name], atol=1e-6)
+    assert np.all(profile.attention[name].sum(axis=-1) < 0.7)  # of at most 12 keys, scored near 0
+    np.testing.assert_allclose(profile.entropy[name], entropy[name], atol=1e-5)
+    assert 0.9 < np.nanmax(profile.relative(name)) < 1 + 1e-6
+  monkeypatch.setattr(maps, "LONG", 1)
+  shares = np.stack([np.cumsum(x, axis=-1) / x.sum(axis=-1, keepdims=True) for x in mass.values()])
+  span = int(np.argmax(shares.min(axis=(0, 1, 2)) >= 0.99)) + 1
+  drawing = maps.profile_drawings(profile, is_refined=True)[0]
+  assert span > 2 and max(len(line.get_ydata()) for line in drawing.figure.axes[0].lines) == span
+  drawing = maps.map_drawings(model, histories, attention.choose(histories, "who06"))[0]
+  assert "A row is a query and sums to 1 less what its sink takes, over all keys" in drawing.caption
+  assert sum(row[2] for row in drawing.rows) < 0.7 * 9
 
 
 def test_maps_show_the_weights_of_the_newest_items(trained, histories, monkeypatch):

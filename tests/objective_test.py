@@ -1,6 +1,7 @@
 """The objective of a batch: every loss against sums by hand, the full softmax in chunks, and the draws of negatives."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from refine_test import random_params
 from awrsr_jax.config import default
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine import objective as module
-from awrsr_jax.engine.objective import draw_shared, draw_unseen, objective
+from awrsr_jax.engine.objective import draw_shared, draw_unseen, join, objective
 from awrsr_jax.model import losses
 from awrsr_jax.model.backbones import BACKBONES
 from awrsr_jax.model.hidden import Hidden
@@ -36,6 +37,15 @@ def batch_of(histories: list[list[int]], length: int) -> dict[str, jax.Array]:
 
 
 BATCH = batch_of(HISTORIES, length=5)
+SHORT = [[7, 2], [9, 13, 9], [], [4, 5, 11], [12, 10]]
+
+
+def buckets_of(*batches: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
+  """Returns one batch of several buckets."""
+  return {name: tuple(batch[name] for batch in batches) for name in ("inputs", "targets")}
+
+
+BUCKETS = buckets_of(batch_of(SHORT, length=2), BATCH, batch_of([[6, 8, 13, 2]], length=4))  # in any order
 
 
 def loss_of(name: str, negatives: str = "uniform", num_negatives: int = 8, pvn_weight: float = 0.0) -> Any:
@@ -61,6 +71,11 @@ def evaluate(name: str, negatives: str = "uniform", batch: Any = None, dropout: 
   value = lambda params: objective(  # noqa: E731
       backbone, MESH, params, batch or BATCH, CUMULATIVE, loss_of(name, negatives, **loss), keys)
   return jax.value_and_grad(value, has_aux=True)(params)
+
+
+def key_of(bucket: int) -> jax.Array:
+  """Returns what the negatives of a bucket's positions are drawn with."""
+  return jax.random.fold_in(jax.random.key(2), bucket)
 
 
 def softplus(x: float) -> float:
@@ -99,21 +114,65 @@ def scores_by_hand(backbone: Any, params: Any, hidden: Hidden) -> np.ndarray:
 
 @pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
 @pytest.mark.parametrize("name, negatives", NAMES)
-def test_objective_is_the_sum_over_real_targets_and_their_number(name, negatives, backbone):
-  (total, count), _ = evaluate(name, negatives, backbone=backbone)
+@pytest.mark.parametrize("batch, real", [(BATCH, 8), (BUCKETS, 8 + 6 + 3)], ids=["one bucket", "buckets"])
+def test_objective_is_the_sum_over_real_targets_and_their_number(name, negatives, backbone, batch, real):
+  (total, count), _ = evaluate(name, negatives, batch, backbone=backbone)
   backbone, params = build(backbone=backbone)
-  loss = loss_of(name, negatives)
-  scores = scores_by_hand(backbone, params, backbone.apply({"params": params}, BATCH["inputs"], method="encode"))
-  inputs, targets = np.asarray(BATCH["inputs"]), np.asarray(BATCH["targets"])
-  if name == "sampled_softmax":
-    shared, _ = draw_shared(jax.random.key(2), loss, ITEMS, CUMULATIVE)
-    drawn = np.broadcast_to(np.asarray(shared), (*targets.shape, 8))
-    assert np.any((drawn == targets[..., None]) & (targets > 0)[..., None])  # a collision is part of this test
-  else:
-    drawn = np.asarray(draw_unseen(jax.random.key(2), inputs, targets, 8, ITEMS))
-  wanted = sum(loss_by_hand(loss, scores[b, t], targets[b, t], drawn[b, t]) for b, t in np.argwhere(targets > 0))
-  assert count == np.sum(targets > 0) == 8 and count.dtype == total.dtype == jnp.float32
+  loss, wanted, collisions = loss_of(name, negatives), 0, 0
+  for bucket, (inputs, targets) in enumerate(zip(*map(jax.tree.leaves, batch.values()), strict=True)):
+    scores = scores_by_hand(backbone, params, backbone.apply({"params": params}, inputs, method="encode"))
+    targets = np.asarray(targets)
+    if name == "sampled_softmax":
+      shared, _ = draw_shared(jax.random.key(2), loss, ITEMS, CUMULATIVE)
+      drawn = np.broadcast_to(np.asarray(shared), (*targets.shape, 8))
+      collisions += np.sum((drawn == targets[..., None]) & (targets > 0)[..., None])
+    else:
+      drawn = np.asarray(draw_unseen(key_of(bucket), inputs, targets, 8, ITEMS))
+    wanted += sum(loss_by_hand(loss, scores[b, t], targets[b, t], drawn[b, t]) for b, t in np.argwhere(targets > 0))
+  assert collisions or name != "sampled_softmax"  # they are part of this test
+  assert count == real and count.dtype == total.dtype == jnp.float32
   np.testing.assert_allclose(total, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
+@pytest.mark.parametrize("name, negatives", [pair for pair in NAMES if "softmax" in pair[0]])
+def test_buckets_have_the_loss_and_gradient_of_their_rows_padded_to_one_length(name, negatives, backbone):
+  (total, count), grad = evaluate(name, negatives, BUCKETS, backbone=backbone)
+  padded = batch_of([*SHORT, *HISTORIES, [6, 8, 13, 2]], length=5)
+  (wanted, real), wanted_grad = evaluate(name, negatives, padded, backbone=backbone)
+  assert count == real == 17
+  np.testing.assert_allclose(total, wanted, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grad, wanted_grad)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(grad))
+
+
+def test_buckets_draw_dropout_and_negatives_of_their_own():
+  one = batch_of(HISTORIES, length=5)
+  for name, dropout in (("softmax", 0.5), ("bce", 0.0)):
+    single = evaluate(name, batch=one, dropout=dropout)[0][0]
+    assert abs(evaluate(name, batch=buckets_of(one, one), dropout=dropout)[0][0] - 2 * single) > 1e-3
+  same = evaluate("sampled_softmax", batch=buckets_of(one, one))[0][0]  # all meet the same negatives
+  np.testing.assert_allclose(same, 2 * evaluate("sampled_softmax")[0][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("data", [1, 8])
+def test_joined_buckets_stay_on_their_devices(data):
+  mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": data, "model": 1}))
+  split = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  rng = np.random.default_rng(0)
+  buckets = [{"x": rng.normal(size=(16, 5, 3)), "n": rng.integers(9, size=(16, 5))},
+             {"x": rng.normal(size=(8, 2, 3)), "n": rng.integers(9, size=(8, 2))}]
+  buckets = jax.device_put(jax.tree.map(lambda x: x.astype(np.float32), buckets), split)
+  joined = jax.jit(functools.partial(join, mesh))
+  assert not re.search("all-|collective", joined.lower(buckets).compile().as_text())
+  found = joined(buckets)
+  assert found["x"].sharding.is_equivalent_to(split, 3)
+  for name in ("x", "n"):
+    for device in range(data):
+      parts = [np.split(np.asarray(bucket[name]), data)[device] for bucket in buckets]
+      np.testing.assert_array_equal(found[name][device], np.concatenate(
+          [part.reshape(-1, *part.shape[2:]) for part in parts]))
+  assert join(mesh, buckets[:1]) is buckets[0]
 
 
 @pytest.mark.parametrize("name", ["bpr", "bce", "gbce"])
@@ -122,7 +181,7 @@ def test_pvn_adds_what_negatives_are_nearer_to_the_target_than_the_history_is(na
   (plain, _), _ = evaluate(name, backbone="stosa")
   (total, count), grad = evaluate(name, backbone="stosa", pvn_weight=0.5)
   inputs, targets = np.asarray(BATCH["inputs"]), np.asarray(BATCH["targets"])
-  drawn = np.asarray(draw_unseen(jax.random.key(2), inputs, targets, 8, ITEMS))
+  drawn = np.asarray(draw_unseen(key_of(0), inputs, targets, 8, ITEMS))
   scores = scores_by_hand(backbone, params, backbone.apply({"params": params}, inputs, method="encode"))
   between = scores_by_hand(backbone, params, backbone.apply({"params": params}, targets, method="items"))
   too_near = [np.maximum(between[b, t, drawn[b, t]] - scores[b, t, targets[b, t]], 0) for b, t in np.argwhere(targets)]

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pandas
 import pytest
@@ -60,10 +61,10 @@ def folder_of_log(tmp_path_factory):
 
 
 def assert_same(got, expected):
-  assert got.keys() == expected.keys()
-  for name in got:
-    np.testing.assert_array_equal(got[name], expected[name])
-    assert got[name].dtype == expected[name].dtype
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
+  for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(one, other)
+    assert one.dtype == other.dtype
 
 
 @pytest.mark.parametrize("values", [
@@ -119,7 +120,7 @@ def test_one_two_and_four_processes_see_the_same_global_batches_from_any_step(fo
     streams = [data_batches.stream(part, start) for part in parts]
     for step in range(start, len(expected)):
       found = [next(stream) for stream in streams]
-      assert_same({name: np.concatenate([batch[name] for batch in found]) for name in found[0]}, expected[step])
+      assert_same(jax.tree.map(lambda *rows: np.concatenate(rows), *found), expected[step])
 
 
 def test_several_threads_read_at_once(folder_of_log):
@@ -129,7 +130,7 @@ def test_several_threads_read_at_once(folder_of_log):
 
   def read(seed):
     for step in np.random.default_rng(seed).permutation(len(batches)):
-      if not all((batches[step][name] == expected[step][name]).all() for name in expected[step]):
+      if not jax.tree.all(jax.tree.map(np.array_equal, batches[step], expected[step])):
         wrong.append(step)
 
   threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]

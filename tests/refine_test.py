@@ -34,9 +34,21 @@ VARIANTS = {
     "value_projection": {"refine": "value", "awr": {"value_projection": True}},
     "value_shared": {"refine": "value", "awr": {"share_heads": True}},
     "stochastic_shared": {"refine": "stochastic", "awr": {"share_heads": True}},
+    "none_sink": {"refine": "none", "attention": {"sink": 0.5}},
+    "simple_sink": {"refine": "simple", "attention": {"sink": 0.5}},
+    "value_gated_sink": {"refine": "value", "awr": {"gate": 0.3}, "attention": {"sink": 0.5}},
+    "additive_on_scores_sink": {"refine": "additive", "attention": {"sink": 0.5}},
+    "additive_on_weights_sink": {"refine": "additive", "awr": {"additive_on": "weights"}, "attention": {"sink": 0.5}},
+    "stochastic_sink": {"refine": "stochastic", "attention": {"sink": 0.5}},
+    "simple_lag": {"refine": "simple", "awr": {"slots": "lag"}},
+    "value_lag": {"refine": "value", "awr": {"slots": "lag"}},
+    "additive_on_scores_lag": {"refine": "additive", "awr": {"slots": "lag"}},
+    "additive_on_weights_lag": {"refine": "additive", "awr": {"slots": "lag", "additive_on": "weights"}},
+    "stochastic_lag_shared": {"refine": "stochastic", "awr": {"slots": "lag", "share_heads": True}},
+    "value_gated_lag_sink": {"refine": "value", "awr": {"slots": "lag", "gate": 0.3}, "attention": {"sink": 0.5}},
 }
-CASES = [(variant, order) for variant in VARIANTS for order in (1, 2) if (variant, order) != ("none", 2)]
-REFINED = [case for case in CASES if case[0] != "none"]
+CASES = [(variant, order) for variant in VARIANTS for order in (1, 2)
+         if (VARIANTS[variant]["refine"], order) != ("none", 2)]
 
 
 def model_of(variant: str, order: int = 1, **changes: Any) -> Any:
@@ -82,29 +94,30 @@ def mask_of(*padding: int, length: int) -> np.ndarray:
 # Oracle: one matrix at a time, float64, loops.
 
 
-def features_by_loops(weights: np.ndarray, table: np.ndarray) -> np.ndarray:
-  """Returns A W (L, r); row j of the table belongs to the column n - 1 - j steps before the end."""
+def features_by_loops(weights: np.ndarray, table: np.ndarray, slots: str) -> np.ndarray:
+  """Returns A W (L, r); row j of the table belongs to the column n - 1 - j steps before the end, or before the row."""
   length, n = len(weights), len(table)
   out = np.zeros((length, table.shape[1]))
   for i in range(length):
-    for column in range(length):
+    for column in range(length if slots == "end" else i + 1):
+      steps = (length - 1 if slots == "end" else i) - column
       for r in range(table.shape[1]):
-        out[i, r] += weights[i, column] * table[n - 1 - (length - 1 - column), r]
+        out[i, r] += weights[i, column] * table[n - 1 - steps, r]
   return out
 
 
-def correlation_by_loops(weights: np.ndarray, read: Any, correlation: str) -> np.ndarray:
+def correlation_by_loops(weights: np.ndarray, read: Any, correlation: str, slots: str) -> np.ndarray:
   """Returns S' (L, L); `read(role)` gives a slot table of this order and head."""
   length = len(weights)
   out = np.zeros((length, length))
   if correlation == "dot":
-    query, key = features_by_loops(weights, read("query")), features_by_loops(weights, read("key"))
+    query, key = (features_by_loops(weights, read(role), slots) for role in ("query", "key"))
     for i, j in np.ndindex(length, length):
       out[i, j] = sum(query[i, r] * key[j, r] for r in range(query.shape[1])) / query.shape[1] ** 0.5
     return out
   elu_plus_one = lambda x: x + 1 if x > 0 else np.exp(x)  # noqa: E731
   mean_q, cov_q, mean_k, cov_k = (
-      features_by_loops(weights, read(role)) for role in ("query_mean", "query_cov", "key_mean", "key_cov"))
+      features_by_loops(weights, read(role), slots) for role in ("query_mean", "query_cov", "key_mean", "key_cov"))
   for i, j in np.ndindex(length, length):
     for r in range(mean_q.shape[1]):
       out[i, j] -= (mean_q[i, r] - mean_k[j, r]) ** 2
@@ -131,15 +144,17 @@ def refine_by_loops(model: Any, params: Mapping[str, Any], head: int, scores: np
                     mask: np.ndarray) -> np.ndarray:
   """Returns A* (L, L) of one sequence and head, float64, as docs/method.md states it."""
   scores = scores.astype(np.float64)
-  weights = weights_by_loops(scores, mask)
+  sink = lambda order: (None if model.attention.sink is None else  # noqa: E731
+                        float(np.ravel(params[f"order{order}_sink"])[head]))
+  weights = weights_by_loops(scores, mask, sink(0))
   for order in range(1, 1 + (model.awr.order if model.refine != "none" else 0)):
     def read(role: str, order: int = order) -> np.ndarray:
       table = np.asarray(params[f"order{order}_{role}"], np.float64)
       assert len(table) == (1 if model.awr.share_heads and role != "value" else model.heads)
       return table[head % len(table)]
     correlation = model.awr.correlation or ("wasserstein" if model.refine == "stochastic" else "dot")
-    correlations = correlation_by_loops(weights, read, correlation)
-    compared = weights_by_loops(correlations, mask)
+    correlations = correlation_by_loops(weights, read, correlation, model.awr.slots)
+    compared = weights_by_loops(correlations, mask, sink(order))
     if model.refine in ("simple", "stochastic"):
       weights = compared
     elif model.refine == "value":
@@ -149,7 +164,7 @@ def refine_by_loops(model: Any, params: Mapping[str, Any], head: int, scores: np
       weights = (1 - gate) * weights + gate * compared
     elif model.awr.additive_on == "scores":
       scores = scores + correlations  # of this order: the scores whose softmax the new weights are
-      weights = weights_by_loops(scores, mask)
+      weights = weights_by_loops(scores, mask, sink(order))
     else:
       gate = 1 / (1 + np.exp(-float(np.ravel(params[f"order{order}_gate"])[head])))
       weights = (1 - gate) * weights + gate * compared
@@ -174,7 +189,11 @@ def test_rows_sum_to_one_and_are_exactly_zero_outside_the_mask(variant, order):
   weights = np.asarray(refine(variant, order, scores, mask))
   assert np.all(weights[~np.broadcast_to(mask, weights.shape)] == 0)
   if variant != "value_projection":  # its rows go through a free matrix
-    np.testing.assert_allclose(weights.sum(axis=-1), np.broadcast_to(mask.any(axis=-1), (3, HEADS, 5)), atol=1e-6)
+    sums, has_key = weights.sum(axis=-1), np.broadcast_to(mask.any(axis=-1), (3, HEADS, 5))
+    if variant.endswith("sink"):  # it takes the rest
+      assert np.all(sums[has_key] < 0.999) and np.all(sums[has_key] > 0) and not np.any(sums[~has_key])
+    else:
+      np.testing.assert_allclose(sums, has_key, atol=1e-6)
     assert weights.min() >= 0
 
 
@@ -198,7 +217,7 @@ def test_a_row_of_weights_reads_no_later_row_no_masked_score_and_no_other_head(v
   for h in range(HEADS):
     assert np.all(jacobian[h, :, h][later | hidden] == 0) and np.all(jacobian[h, :, 1 - h] == 0)
     assert np.all(jacobian[h, 4, h, 4, 1:] != 0)
-    if variant != "none":
+    if not variant.startswith("none"):
       assert np.all(jacobian[h, 4, h, 3, 1:4] != 0)
 
 
@@ -255,6 +274,34 @@ def test_gates_start_where_the_config_says(variant, start):
   np.testing.assert_allclose(jax.nn.sigmoid(params["order1_gate"]), np.full((1, HEADS, 1, 1), start), rtol=1e-6)
 
 
+def test_sinks_start_where_the_config_says_and_take_their_share():
+  scores, mask = jnp.zeros((1, HEADS, 3, 3)), jnp.tri(3, dtype=bool)[None, None]
+  refinement = build_refinement(model_of("none", attention__sink=-0.7), N)
+  params = refinement.init(jax.random.key(0), scores, mask)["params"]
+  np.testing.assert_allclose(params["order0_sink"], np.full((HEADS, 1, 1), -0.7), rtol=1e-6)
+  weights = np.asarray(refinement.apply({"params": params}, scores, mask))
+  for row in range(3):  # row + 1 keys of score 0
+    np.testing.assert_allclose(weights[..., row, :].sum(axis=-1), (row + 1) / (row + 1 + np.exp(-0.7)), rtol=1e-6)
+
+
+def test_a_sink_and_slots_by_lag_are_reached_by_gradients():
+  refinement, params = build("value_gated_lag_sink", 2)
+  scores, mask = draw_scores(6, 2, N), mask_of(0, 3, length=N)
+  probe = np.random.default_rng(0).normal(size=scores.shape).astype(np.float32)
+  grads = jax.grad(lambda params: jnp.sum(refinement.apply({"params": params}, scores, mask) * probe))(params)
+  assert {f"order{k}_sink" for k in (0, 1, 2)} < grads.keys()
+  assert all(np.all(grad != 0) for grad in grads.values())  # of the whole tables, as histories are of full length
+
+
+@pytest.mark.parametrize("variant, order, reason", [
+    ("value_lag", 1, ""), ("additive_on_weights_lag", 2, ""), ("simple_lag", 2, ""), ("value", 2, ""),
+    ("value_lag", 2, "slots that each row counts by itself do not factor"), ("value_gated_lag_sink", 2, "slots"),
+])
+def test_blocks_are_refused_with_a_reason_where_lags_are_mixed_twice(variant, order, reason):
+  found = build(variant, order)[0].refuses_blocks(squares=False)
+  assert found.startswith(reason) and bool(found) == bool(reason)
+
+
 @pytest.mark.parametrize("variant, dropped", [("value_gated", 1), ("additive_on_weights", 1), ("value", 0)])
 def test_what_a_gate_keeps_is_dropped_as_plain_attention_is(variant, dropped):
   """With the gate shut a refinement is plain attention in training too, its dropout included."""
@@ -294,6 +341,10 @@ def test_maps_sown_are_the_first_order_and_the_refined_weights():
                        for role in ("query_mean", "query_cov", "key_mean", "key_cov")}),
     ("value_projection", 1, {"order1_query": (HEADS, N, RANK), "order1_key": (HEADS, N, RANK),
                              "order1_value": (HEADS, N, N)}),
+    ("none_sink", 1, {"order0_sink": (HEADS, 1, 1)}),
+    ("simple_sink", 2, {f"order{k}_{role}": (HEADS, N, RANK) for k in (1, 2) for role in ("query", "key")}
+     | {f"order{k}_sink": (HEADS, 1, 1) for k in (0, 1, 2)}),
+    ("value_lag", 1, {f"order1_{role}": (HEADS, N, RANK) for role in ("query", "key")}),
 ])
 def test_config_reaches_the_shapes_of_the_parameters(variant, order, shapes):
   assert jax.tree.map(np.shape, build(variant, order)[1], is_leaf=lambda x: isinstance(x, np.ndarray)) == shapes

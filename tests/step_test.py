@@ -48,19 +48,22 @@ def test_the_window_restarts_after_a_line(small_config):
 @pytest.mark.parametrize("pieces", [1, 2, 4])
 def test_pieces_have_every_row_once_interleaved_and_keys_of_their_own(pieces, small_config):
   mesh = make_job(small_config).mesh
-  batch = {"inputs": jnp.arange(24).reshape(8, 3), "targets": jnp.arange(24).reshape(8, 3) + 100}
+  inputs = jnp.arange(24).reshape(8, 3), jnp.arange(100, 108).reshape(4, 2)  # two buckets
+  batch = {"inputs": inputs, "targets": tuple(x + 1000 for x in inputs)}
   seen = []
 
   def grad(params, rows, keys):
     jax.debug.callback(lambda *args: seen.append(args), rows["inputs"], jax.random.key_data(keys["dropout"]))
-    return {"w": params["w"] * rows["inputs"].sum()}, (jnp.float32(rows["targets"].sum()), jnp.float32(len(rows)))
+    inputs, targets = (sum(x.sum() for x in rows[name]) for name in ("inputs", "targets"))
+    return {"w": params["w"] * inputs}, (jnp.float32(targets), jnp.float32(len(rows)))
 
   grads, (total, _) = jax.jit(lambda batch: accumulate(
       grad, {"w": jnp.ones(2)}, batch, {"dropout": jax.random.key(3)}, pieces, mesh))(batch)
   jax.effects_barrier()
-  assert grads["w"].tolist() == [276.0, 276.0] and total == 276 + 2400
-  found = sorted(rows[:, 0].tolist() for rows, _ in seen)
-  assert found == sorted([3 * row for row in range(piece, 8, pieces)] for piece in range(pieces))
+  assert grads["w"].tolist() == [1104.0, 1104.0] and total == 1104 + 32000
+  found = sorted([rows[:, 0].tolist() for rows in buckets] for buckets, _ in seen)
+  assert found == [[[3 * row for row in range(piece, 8, pieces)], [100 + 2 * row for row in range(piece, 4, pieces)]]
+                   for piece in range(pieces)]
   assert len({tuple(key.tolist()) for _, key in seen}) == pieces
 
 

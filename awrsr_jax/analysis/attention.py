@@ -56,9 +56,9 @@ class Profile:
     users: how many histories.
     queries: (n,) how many queries have k = 1 .. n keys.
     attention: (N, H, n) the mean weight at distance d = 0 .. n - 1, query position - key position. A query without a
-      key at d counts with 0, so that a profile sums to 1.
-    entropy: (N, H, n) the mean entropy, in bits, of queries with k = 1 .. n keys; NaN where there is none. Even
-      weights have log2(k).
+      key at d counts with 0, so that a profile sums to 1 (with a sink: to what queries do not leave to it).
+    entropy: (N, H, n) the mean entropy, in bits, of queries with k = 1 .. n keys, of each weight's share in its row;
+      NaN where there is none. Even weights have log2(k).
   """
 
   users: int
@@ -68,8 +68,9 @@ class Profile:
 
   def relative(self, name: str) -> np.ndarray:
     """Returns (N, H, n) entropy / log2(k): 1 where weights are even; NaN for one key, which leaves no choice."""
-    with np.errstate(invalid="ignore"):
-      return self.entropy[name] / np.log2(np.arange(1, len(self.queries) + 1))
+    most = np.log2(np.arange(1, len(self.queries) + 1))
+    most[0] = np.nan  # the entropy of one key is 0 but for rounding
+    return self.entropy[name] / most
 
 
 def read_histories(run: Run, data_path: str | None = None) -> Histories:
@@ -170,8 +171,14 @@ def measure_profile(trained: Trained, histories: Histories, users: int, seed: in
 
 
 def entropy_bits(weights: jax.Array) -> jax.Array:
-  """Returns the entropy of the last axis in bits; a weight of 0 adds nothing."""
-  return -jnp.sum(jnp.where(weights > 0, weights * jnp.log2(jnp.where(weights > 0, weights, 1)), 0), axis=-1)
+  """Returns the entropy in bits of the shares that the weights of the last axis have in their sum.
+
+  Beside a sink they sum to less than 1. What is not positive has no share; nothing but that has the entropy 0.
+  """
+  weights = jnp.maximum(weights, 0)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  shares = weights / jnp.where(total > 0, total, 1)
+  return -jnp.sum(jnp.where(shares > 0, shares * jnp.log2(jnp.where(shares > 0, shares, 1)), 0), axis=-1)
 
 
 def _make_step(backbone: Any) -> Any:

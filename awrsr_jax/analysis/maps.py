@@ -105,6 +105,7 @@ def map_drawings(trained: Trained, histories: Histories, row: int) -> list[Drawi
   names = [plain(titles[number - 1]) or plain(item_ids[number - 1]) for number in numbers[-SHOWN:]]
   labels = [shorten(name, LETTERS) for name in names]
   is_refined = trained.config.model.refine != "none"
+  sums = "sums to 1" if trained.config.model.attention.sink is None else "sums to 1 less what its sink takes,"
   who = (f"User {plain(corpus.user_ids[histories.users[row]])}, {histories.lengths[row]} items before the test target, "
          f"of which the model sees {len(numbers)} and the newest {len(names)} are shown, oldest first")
   drawings = []
@@ -124,8 +125,8 @@ def map_drawings(trained: Trained, histories: Histories, row: int) -> list[Drawi
       drawings.append(Drawing(
           f"attention_layer{at}" + f"_heads{heads[0] + 1}to{heads[-1] + 1}" * (count > HEADS),
           f"Attention of one user, layer {at}{some}",
-          f"{what}. Colours go by the square root. A row is a query and sums to 1 over all keys, also those that are "
-          f"not shown. {who}.",
+          f"{what}. Colours go by the square root. A row is a query and {sums} over all keys, also those that "
+          f"are not shown. {who}.",
           draw_map(layer, heads, labels, is_refined), tuple(columns), rows))
   return drawings
 
@@ -189,7 +190,8 @@ def profile_drawings(profile: Profile, is_refined: bool) -> list[Drawing]:
             "are the items up to itself.")
   n = len(profile.queries)
   mass = np.stack([np.cumsum(profile.attention[name], axis=-1) for name in kept.values()])
-  span = min(n, max(LONG + 1, int(np.argmax(mass.min(axis=(0, 1, 2)) >= 0.99)) + 1))
+  reached = mass >= 0.99 * mass[..., -1:]  # a sink leaves less than 1 of all of it
+  span = min(n, max(LONG + 1, int(np.argmax(reached.all(axis=(0, 1, 2)))) + 1))
   some = profile.queries > 0
   keys = np.arange(1, n + 1)
   several = keys[some & (keys > 1)] - 1

@@ -76,14 +76,15 @@ class Ours:
     """Yields the calls of the run over and over, each with how many real targets it has."""
     job = self._job
     while True:
-      step = 0
+      step, counted = 0, None
       calls = (feeds.streamed_calls(job.mesh, job.batches, 0) if job.items is None else feeds.resident_calls(
           job.mesh, job.batches, job.items, 0, feeds.steps_per_call(job.config, job.mesh), job.steps_to_pause))
       for call in calls:
         epoch, first = divmod(step, job.batches.steps_per_epoch)
-        targets = sum(int(np.maximum(ends - starts - 1, 0)[first:first + call.steps].sum())
-                      for starts, ends in zip(*job.batches.epoch_bounds(epoch), strict=True))
-        yield targets, call
+        if epoch != counted:
+          counted, targets_T = epoch, sum(np.maximum(ends - starts - 1, 0).sum(axis=1) for starts, ends in zip(
+              *job.batches.epoch_bounds(epoch), strict=True))
+        yield int(targets_T[first:first + call.steps].sum()), call
         step += call.steps
 
 

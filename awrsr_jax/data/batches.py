@@ -20,7 +20,7 @@ from awrsr_jax.data.splits import HELD_OUT, users_of
 Batch = dict[str, Any]
 Parts = tuple[tuple[int, ...], int]  # which parts of a global batch, and how many it has; see mesh.local_parts
 WHOLE: Parts = (0,), 1
-ROWS = 8  # of each bucket a batch has a multiple of this, where it divides config.train.batch_size
+ROWS = 8  # of each bucket a piece of a batch has a multiple of this, where config.train.batch_size allows it
 NUM_CANDIDATES = 100  # of the sampled protocols, as their name says
 
 
@@ -163,12 +163,13 @@ class TrainBatches:
   def epoch_bounds(self, epoch: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Returns starts and ends of the rows of every global batch of an epoch: (T, B) for each bucket."""
     bounds = []
-    for x in (self.starts, self.ends):
-      batches = [[np.pad(x[rows], (0, size - len(rows))) for rows, size in zip(self._rows(epoch, batch), self.sizes,
-                                                                               strict=True)]
-                 for batch in range(self.steps_per_epoch)]
-      bounds.append(tuple(map(np.stack, zip(*batches, strict=True))))
-    return bounds[0], bounds[1]
+    for rows, size in zip(self._epoch(epoch), self.sizes, strict=True):
+      cuts = np.arange(self.steps_per_epoch + 1) * len(rows) // self.steps_per_epoch
+      places_TxB = cuts[:-1, None] + np.arange(size)
+      real_TxB, rows_TxB = places_TxB < cuts[1:, None], rows[np.minimum(places_TxB, len(rows) - 1)]
+      bounds.append([np.where(real_TxB, x[rows_TxB], 0) for x in (self.starts, self.ends)])
+    starts, ends = zip(*bounds, strict=True)
+    return starts, ends
 
   def __len__(self) -> int:
     return self.epochs * self.steps_per_epoch
@@ -194,9 +195,10 @@ def training_batches(corpus: Corpus, config: Any, parts: Parts = WHOLE) -> Train
   data, train = config.data, config.train
   starts, ends = training_rows(corpus, data.max_length, data.long_history)
   batches = -(-len(starts) // train.batch_size)
-  # The same for up to ROWS devices, which therefore train alike.
-  multiple = math.lcm(math.gcd(train.batch_size, ROWS), parts[1] * train.accumulate)
-  buckets = plan_buckets(ends - starts - 1, data.buckets, batches, multiple)
+  # Any number of devices has the same rows in a batch; 1, 2, 4 and ROWS have the same filling too, and so train alike.
+  rows = math.gcd(train.batch_size, ROWS * train.accumulate)
+  buckets = plan_buckets(ends - starts - 1, data.buckets, batches, rows)
+  multiple = math.lcm(rows, parts[1] * train.accumulate)
   return TrainBatches(corpus.items, starts, ends, buckets, train.batch_size, train.epochs, config.seed, multiple, parts)
 
 

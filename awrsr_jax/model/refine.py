@@ -5,8 +5,8 @@ attention weights are themselves attended to, a digest of it names the refinemen
 and stochastic; the equations below are our definition (docs/method.md).
 
 Shapes: B batch, H heads, L length of this batch, n the longest length, r rank. A slot table has n rows, row j
-belongs to the column n-1-j steps before the END, so a batch of length L < n uses the last L rows, and the amount of
-left padding never matters.
+belongs to the column n-1-j steps before the END (or before each row, see `slots`), so a batch of length L < n uses the
+last L rows, and the amount of left padding never matters.
 """
 
 import functools
@@ -187,7 +187,8 @@ class Refinement(nn.Module):
 
     read = functools.partial(attend_in_blocks, real_BxL=real_BxL,
                              precision="highest" if self.correlation == "wasserstein" else precision)
-    sinks = [None if (sink := self._sink(order)) is None else sink[:, None] for order in range(len(self.tables) + 1)]
+    sinks = [None if (sink := self._sink(order)) is None else sink.swapaxes(0, 1)
+             for order in range(len(self.tables) + 1)]
     q, k = q_HxBxLxE, k_HxBxLxE
     if not self._mixes:
       for order in range(len(self.tables)):
@@ -227,8 +228,8 @@ class Refinement(nn.Module):
     return (sums["kept"],)
 
   def _sink(self, order: int) -> jax.Array | None:
-    """Returns the score of the sink of a softmax, (H, 1, 1): 0 the first order's, k that of refinement k."""
-    return None if self.sink is None else self.sinks[order]
+    """Returns the score of the sink of a softmax, (1, H, 1, 1): 0 the first order's, k that of refinement k."""
+    return None if self.sink is None else self.sinks[order][None]
 
   def _correlate(self, *features: jax.Array) -> jax.Array:
     """Returns S'_BxHxLxL: how alike the rows of an attention matrix are in the learned correlation space."""
@@ -259,7 +260,7 @@ class Refinement(nn.Module):
     if self.slots == "end":
       sums = jnp.einsum("hbij,hjr->hbir", weights_HxBxbxK, side_by_side[:, first:first + keys])
     else:
-      lags_bxK = rows_b[:, None] - jnp.arange(keys)  # below 0 there is no weight
+      lags_bxK = rows_b[:, None] - jnp.arange(keys)[None]  # below 0 there is no weight
       sums = jnp.einsum("hbij,hijr->hbir", weights_HxBxbxK,
                         side_by_side[:, self.max_length - 1 - jnp.maximum(lags_bxK, 0)])
     return jnp.split(sums, len(tables), axis=-1)
