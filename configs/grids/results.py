@@ -11,9 +11,10 @@ NONE = {"none": {"model.refine": "none"}}
 VALUE = {"value": {"model.refine": "value"}}
 PAPER = NONE | {name: {"model.refine": name} for name in ("simple", "value", "additive")}
 ADDITIVE_ON_WEIGHTS = {"model.refine": "additive", "model.awr.additive_on": "weights"}
+BY_LAG = {"model.awr.slots": "lag", "model.awr.gate": 0.1}
 ROWS = NONE | VALUE | {
-    "value gated": {"model.refine": "value", "model.awr.gate": 0.1},
-    "additive on weights gated": ADDITIVE_ON_WEIGHTS | {"model.awr.gate": 0.1},
+    "value by lag, gated": {"model.refine": "value"} | BY_LAG,
+    "additive on weights by lag, gated": ADDITIVE_ON_WEIGHTS | BY_LAG,
     "simple": {"model.refine": "simple"},
     "additive on scores": {"model.refine": "additive", "model.awr.additive_on": "scores"},
 }
@@ -22,8 +23,7 @@ ROWS = NONE | VALUE | {
 PUBLISHED_SASREC = {"model.norm": "query", "model.dropout": 0.5, "loss.num_negatives": 1, "train.learning_rate": 1e-3,
                     "train.batch_size": 128, "train.epochs": 200, "train.schedule": "constant",
                     "eval.every_epochs": 10}
-STRONG = {"model.norm": "query", "train.learning_rate": 5e-4, "train.batch_size": 512, "train.epochs": 120,
-          "train.schedule": "constant", "eval.every_epochs": 5}
+STRONG = {"model.norm": "query", "train.batch_size": 512, "train.schedule": "constant", "eval.every_epochs": 5}
 
 STOSA_ON_BEAUTY = Anchor("STOSA", {"test ndcg@10": 0.0422, "test hr@10": 0.0724}, "RecBoard, 5 seeds")
 
