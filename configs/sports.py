@@ -17,9 +17,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "sports"
   config.data.max_length = 50
   config.data.buckets = 6
+  config.model.norm = "query"
   config.model.dropout = 0.6
   config.train.epochs = 60
-  config.train.batch_size = 256
-  config.train.schedule = "cosine"
+  config.train.batch_size = 512
   config.eval.every_epochs = 5
   return config
