@@ -9,6 +9,7 @@ Exit codes: 0 all runs are complete; 1 some failed; 75 it was told to stop, and 
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -32,21 +33,33 @@ from awrsr_jax.engine.run_folder import read_json
 MOST_AGAIN = 3  # times that a run which asks for it (code 75) is started again
 PAUSE_S = 0.1  # between looks at the processes
 
-Launch = Callable[[list[str], pathlib.Path], Any]  # command, log file -> a process as subprocess.Popen has it
+Launch = Callable[[list[str], pathlib.Path, set[int]], Any]  # command, log file, cores -> as subprocess.Popen is
 
 
 @dataclasses.dataclass
 class Job:
-  """A run in progress: what it is, its process, how often it was started again, and when it first was (seconds)."""
+  """A run in progress: what it is, its process and cores, how often and when (seconds) it was started."""
 
   planned: Planned
   process: Any
+  cores: set[int]
   again: int
   began: float
 
 
-def launch(command: list[str], log: pathlib.Path) -> subprocess.Popen:
-  """Starts a run whose output goes to the end of a log file.
+def share_cores(jobs: int) -> list[set[int]]:
+  """Returns the cores that each of so many runs at a time is bound to; empty ones where it is bound to none.
+
+  Runs on cores of their own are faster than runs whose threads take turns on all of them.
+  """
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  if len(cores) < jobs:
+    return [set() for _ in range(jobs)]
+  return [set(cores[len(cores) * job // jobs:len(cores) * (job + 1) // jobs]) for job in range(jobs)]
+
+
+def launch(command: list[str], log: pathlib.Path, cores: set[int]) -> subprocess.Popen:
+  """Starts a run on these cores, its output at the end of a log file.
 
   In a session of its own: Ctrl-C is for this command, which tells the run to stop, once.
 
@@ -61,8 +74,12 @@ def launch(command: list[str], log: pathlib.Path) -> subprocess.Popen:
   with file:
     file.write(f"$ {shlex.join(command)}\n")
     file.flush()
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                            start_new_session=True)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+  if cores:
+    with contextlib.suppress(ProcessLookupError):  # it may have failed at once
+      os.sched_setaffinity(process.pid, cores)
+  return process
 
 
 def select(grid: Grid, only: str | None) -> list[Planned]:
@@ -125,6 +142,7 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
   waiting = collections.deque(runs)
   running: list[Job] = []
   failed: list[str] = []
+  free = share_cores(jobs)
   total = len(runs)
   try:
     while (waiting or running) and not told_to_stop():
@@ -132,14 +150,18 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
         planned = waiting.popleft()
         if read_state(planned, out)[0] == COMPLETE:  # asked now: another command may have run it meanwhile
           continue
-        running.append(Job(planned, start(*_to_start(planned, out, data)), 0, time.monotonic()))
+        cores = free.pop(0)
+        running.append(Job(planned, start(*_to_start(planned, out, data), cores), cores, 0, time.monotonic()))
         _say(f"{planned.names[0]}: started, {total - len(waiting)} of {total}; log in {_log(planned, out)}")
       for job in [job for job in running if job.process.poll() is not None]:
         running.remove(job)
+        free.append(job.cores)
         code, name = job.process.poll(), job.planned.names[0]
         if code == processes.TRY_AGAIN and job.again < MOST_AGAIN and not told_to_stop():
           _say(f"{name}: ended with code {code}, it goes on where it was ({job.again + 1} of {MOST_AGAIN} times)")
-          running.append(Job(job.planned, start(*_to_start(job.planned, out, data)), job.again + 1, job.began))
+          cores = free.pop()
+          running.append(Job(job.planned, start(*_to_start(job.planned, out, data), cores), cores, job.again + 1,
+                             job.began))
         elif code == 0 and read_state(job.planned, out)[0] == COMPLETE:
           minutes = (time.monotonic() - job.began) / 60
           _say(f"{name}: test NDCG@10 {_read_ndcg(job.planned, out)}, {minutes:.1f} minutes")
@@ -174,7 +196,7 @@ def _end(running: Sequence[Job]) -> None:
 
 
 def _to_start(planned: Planned, out: str, data: str | None) -> tuple[list[str], pathlib.Path]:
-  """Returns what a Launch takes."""
+  """Returns what a Launch takes, but for the cores."""
   return planned.command(out, data or "", python=sys.executable), _log(planned, out)
 
 

@@ -63,12 +63,14 @@ class Fake:
     self.out, self.acts, self.started, self.most = out, acts or {}, [], 0
     self.alive = []
 
-  def __call__(self, command, log):
+  def __call__(self, command, log, cores):
     planned = self.by_folder[str(log.parent.relative_to(self.out))]
     self.started.append(planned.names[0])
     log.parent.parent.mkdir(parents=True, exist_ok=True)
     act = self.acts.get(planned.names[0], [])
     process = FakeProcess(act.pop(0) if act else 0, lambda: finish(planned, self.out))
+    process.cores = cores
+    assert not any(other.left > 0 and other.cores & cores for other in self.alive)
     self.alive.append(process)
     self.most = max(self.most, sum(other.left > 0 for other in self.alive))
     return process
@@ -272,6 +274,21 @@ def test_code_0_without_a_result_is_a_failure(tmp_path, monkeypatch):
 def test_so_many_runs_at_a_time(jobs, tmp_path):
   fake, failed = go(plan(), tmp_path, jobs=jobs)
   assert fake.most == jobs and len(fake.started) == 4 and not failed
+
+
+@pytest.mark.parametrize("cores, jobs, shares", [
+    ({0, 1}, 1, [{0, 1}]), ({4, 2, 7}, 2, [{2}, {4, 7}]), ({3, 5}, 2, [{3}, {5}]), ({1}, 2, [set(), set()])])
+def test_runs_at_a_time_share_the_cores(cores, jobs, shares, monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
+  assert reproduce.share_cores(jobs) == shares
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to cores here")
+def test_a_run_is_bound_to_its_cores(tmp_path):
+  core = min(os.sched_getaffinity(0))
+  show = "import os, time; time.sleep(.2); print(os.sched_getaffinity(0))"  # it is bound when it has begun
+  assert reproduce.launch([sys.executable, "-c", show], tmp_path / "log.txt", {core}).wait() == 0
+  assert (tmp_path / "log.txt").read_text().endswith(f"{{{core}}}\n")
 
 
 def test_told_to_stop_ends_all_runs_and_starts_no_more(tmp_path):
