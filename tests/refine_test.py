@@ -15,6 +15,7 @@ from attention_test import weights_by_loops
 
 from awrsr_jax.config import default, finalize
 from awrsr_jax.model.attention import causal_mask, masked_softmax
+from awrsr_jax.model.dropout import Drop
 from awrsr_jax.model.refine import Refinement, build_refinement
 
 N, HEADS, RANK = 7, 2, 3
@@ -308,11 +309,30 @@ def test_what_a_gate_keeps_is_dropped_as_plain_attention_is(variant, dropped):
   refinement, params = build(variant, 1)
   scores, mask = draw_scores(9, 3, 5), mask_of(0, 0, 0, length=5)
   odd = (jnp.arange(5) % 2)[None, None, None]
-  drop = lambda weights, rows: weights * odd  # noqa: E731 (odd columns stay)
+
+  class OddColumns:
+    """Those stay, in every softmax."""
+    again = lambda self, number: self  # noqa: E731
+    __call__ = lambda self, weights, rows: weights * odd  # noqa: E731
+
   shut = {name: np.full_like(x, -100.0) if name == "order1_gate" else x for name, x in params.items()}
-  kept, _ = refinement.apply({"params": shut}, scores, mask, drop, method="weights")
+  kept, _ = refinement.apply({"params": shut}, scores, mask, OddColumns(), method="weights")
   plain = masked_softmax(scores, mask) * odd
   assert np.allclose(kept, plain, atol=1e-6) == bool(dropped)
+
+
+@pytest.mark.parametrize("variant, order", [
+    ("none", 1), ("simple", 1), ("value", 1), ("value", 2), ("value_gated", 1), ("additive_on_weights", 2)])
+def test_dropped_weights_have_the_refined_ones_as_their_mean(variant, order):
+  """Also where values pass through several softmaxes, whose keys are therefore independent."""
+  refinement, params = build(variant, order)
+  scores, mask = draw_scores(9, 1, 5), mask_of(1, length=5)
+  weights_of = lambda drop: refinement.apply({"params": params}, scores, mask, drop, method="weights")  # noqa: E731
+  keys = jax.random.bits(jax.random.key(0), (20_000, 2), jnp.uint32)
+  kept, weights = jax.jit(jax.vmap(lambda words: weights_of(Drop(words, 0.4))))(keys)
+  deviation = jnp.std(kept, axis=0) / len(keys) ** 0.5
+  assert jnp.all(jnp.abs(jnp.mean(kept, axis=0) - weights[0]) <= 5 * deviation + 1e-6)
+  assert jnp.any(deviation > 0)
 
 
 def test_initial_values_are_identity_projections_and_xavier_tables_per_head():

@@ -30,6 +30,10 @@ class Drop:
     bits = scramble(scramble(rows + self.words[0])[..., None] ^ (columns + self.words[1]))
     return jnp.where(bits >= jnp.uint32(round(self.rate * 2 ** 32)), x * (1 / (1 - self.rate)), 0).astype(x.dtype)
 
+  def again(self, number: int) -> "Drop":
+    """Returns a Drop with a key of its own, from 1; number 0 is this one."""
+    return self.replace(words=scramble(self.words + jnp.uint32(number))) if number else self
+
 
 def scramble(x: jax.Array) -> jax.Array:
   """Returns uint32 of which every bit depends on every bit of x (a bijection; the constants are Wellons' lowbias32)."""

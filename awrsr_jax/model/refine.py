@@ -118,7 +118,7 @@ class Refinement(nn.Module):
     Args:
       scores_BxHxLxL: first order.
       mask_Bx1xLxL: see causal_mask.
-      drop: falls on the softmax that the values meet, on each way that a gate leaves open.
+      drop: falls on every softmax that values pass through, each with a key of its own.
 
     Returns:
       The refined weights with and without what is dropped, float32, exactly 0 outside the mask.
@@ -126,9 +126,9 @@ class Refinement(nn.Module):
     scores, mask = scores_BxHxLxL.astype(jnp.float32), mask_Bx1xLxL
     batch, heads, length, _ = scores.shape
     rows = number_rows((heads, batch, length)).swapaxes(0, 1)
-    dropped = lambda weights: weights if drop is None else drop(weights, rows)  # noqa: E731
+    dropped = lambda weights, order: weights if drop is None else drop.again(order)(weights, rows)  # noqa: E731
     weights = masked_softmax(scores, mask, self._sink(0))
-    kept = dropped(weights)
+    kept = dropped(weights, 0)
     self.sow("intermediates", "first_order", weights)
     for order, tables in enumerate(self.tables):
       sink = self._sink(order + 1)
@@ -137,13 +137,13 @@ class Refinement(nn.Module):
       if not self._mixes:
         scores = scores + correlation if self.combine == "additive" else correlation
         weights = masked_softmax(scores, mask, sink)
-        kept = dropped(weights)
+        kept = dropped(weights, order + 1)
         continue
       before, mixing = (weights, kept), masked_softmax(correlation, mask, sink)
-      weights, kept = mixing, dropped(mixing)
+      weights, kept = mixing, dropped(mixing, order + 1)
       if self.combine == "value":
-        projected = self._project(before[0], mask, order)
-        weights, kept = weights @ projected, kept @ projected
+        weights, kept = (mix @ self._project(old, mask, order)
+                         for mix, old in zip((weights, kept), before, strict=True))
       if self._is_gated:
         gate = nn.sigmoid(self.gates[order])
         weights, kept = ((1 - gate) * old + gate * new for old, new in zip(before, (weights, kept), strict=True))
@@ -170,13 +170,13 @@ class Refinement(nn.Module):
     heads, batch, length, _ = k_HxBxLxE.shape
     last = lambda x_HxBxLxE: x_HxBxLxE[:, :, -1:] if newest else x_HxBxLxE  # noqa: E731
     first_rows = number_rows((heads, batch, 1)) * jnp.uint32(length)  # in the numbering of `weights`
-    dropped = lambda weights, rows: (  # noqa: E731
-        weights if drop is None else drop(weights, first_rows + rows.astype(jnp.uint32)[None, None]))
+    dropped = lambda weights, rows, order: (  # noqa: E731
+        weights if drop is None else drop.again(order)(weights, first_rows + rows.astype(jnp.uint32)[None, None]))
     sum_by = lambda weights, x: jnp.einsum(  # noqa: E731
         "hbij,hbjd->hbid", weights.astype(x.dtype), x[:, :, :weights.shape[-1]])
 
     def sum_values(weights: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
-      kept = dropped(weights, rows)
+      kept = dropped(weights, rows, len(self.tables))
       return tuple(map(sum_by, (kept, square(kept, weights)) if square else (kept,), values))
 
     def sum_tables(weights: jax.Array, rows: jax.Array, orders: slice) -> list[list[jax.Array]]:
@@ -199,25 +199,22 @@ class Refinement(nn.Module):
                 if self.combine == "additive" else (query, key))
       return read(last(q), k, sink=sinks[-1], read=sum_values)
 
-    # A [V, W], values and the tables of all orders side by side. The values twice: `kept` as they reach the output,
-    # each way with one softmax dropped, and `clean`, which a later softmax is to mix.
+    # A [V, W]: values as they reach the output, with what is dropped, and the tables of all orders, side by side.
     def sum_first(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:
-      return {"kept": sum_by(dropped(weights, rows), values[0]) if self._is_gated else None,
-              "clean": sum_by(weights, values[0]) if self.combine == "value" else None,
-              "tables": sum_tables(weights, rows, slice(None))}
+      return {"values": sum_by(dropped(weights, rows, 0), values[0]), "tables": sum_tables(weights, rows, slice(None))}
 
     sums = read(q, k, sink=sinks[0], read=sum_first)
     for order in range(len(self.tables)):
       (features, *tables), is_last = sums["tables"], order + 1 == len(self.tables)
       query, key = self._as_dot(*features)
-      before = {"kept": sums["kept"], "clean": None if is_last else sums["clean"], "tables": tables}
+      before = {"values": sums["values"], "tables": tables}
 
       def mix_value(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:  # (P A) [V, W] = P (A [V, W])
-        mix = functools.partial(sum_by, weights)
-        return jax.tree.map(mix, before) | {"kept": sum_by(dropped(weights, rows), sums["clean"])}  # noqa: B023
+        return {"values": sum_by(dropped(weights, rows, order + 1), before["values"]),  # noqa: B023
+                "tables": jax.tree.map(functools.partial(sum_by, weights), before["tables"])}  # noqa: B023
 
       def mix_additive(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:  # P [V, W]
-        return {"kept": sum_by(dropped(weights, rows), values[0]), "clean": None,
+        return {"values": sum_by(dropped(weights, rows, order + 1), values[0]),  # noqa: B023
                 "tables": sum_tables(weights, rows, slice(order + 1, None))}  # noqa: B023
 
       cut = last if is_last else lambda x: x
@@ -225,7 +222,7 @@ class Refinement(nn.Module):
       if self._is_gated:
         gate = nn.sigmoid(self.gates[order]).swapaxes(0, 1)
         sums = jax.tree.map(lambda old, new: ((1 - gate) * cut(old) + gate * new).astype(old.dtype), before, sums)  # noqa: B023
-    return (sums["kept"],)
+    return (sums["values"],)
 
   def _sink(self, order: int) -> jax.Array | None:
     """Returns the score of the sink of a softmax, (1, H, 1, 1): 0 the first order's, k that of refinement k."""
