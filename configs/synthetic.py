@@ -2,7 +2,7 @@
 
   python -m awrsr_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 
-Result: test NDCG@10 .5004 of a best possible .5296 (seed 0), 2.5 minutes on 2 busy CPU cores; README.md has the table.
+Result: test NDCG@10 .4985 of a best possible .5296 (seed 0), under 2 minutes on 2 CPU cores; README.md has the table.
 """
 
 import ml_collections
