@@ -144,14 +144,18 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
   failed: list[str] = []
   free = share_cores(jobs)
   total = len(runs)
+
+  def begin(planned: Planned, again: int = 0, began: float | None = None) -> None:
+    cores = free.pop(0)
+    running.append(Job(planned, start(*_to_start(planned, out, data), cores), cores, again, began or time.monotonic()))
+
   try:
     while (waiting or running) and not told_to_stop():
       while waiting and len(running) < jobs:
         planned = waiting.popleft()
         if read_state(planned, out)[0] == COMPLETE:  # asked now: another command may have run it meanwhile
           continue
-        cores = free.pop(0)
-        running.append(Job(planned, start(*_to_start(planned, out, data), cores), cores, 0, time.monotonic()))
+        begin(planned)
         _say(f"{planned.names[0]}: started, {total - len(waiting)} of {total}; log in {_log(planned, out)}")
       for job in [job for job in running if job.process.poll() is not None]:
         running.remove(job)
@@ -159,9 +163,7 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
         code, name = job.process.poll(), job.planned.names[0]
         if code == processes.TRY_AGAIN and job.again < MOST_AGAIN and not told_to_stop():
           _say(f"{name}: ended with code {code}, it goes on where it was ({job.again + 1} of {MOST_AGAIN} times)")
-          cores = free.pop()
-          running.append(Job(job.planned, start(*_to_start(job.planned, out, data), cores), cores, job.again + 1,
-                             job.began))
+          begin(job.planned, job.again + 1, job.began)
         elif code == 0 and read_state(job.planned, out)[0] == COMPLETE:
           minutes = (time.monotonic() - job.began) / 60
           _say(f"{name}: test NDCG@10 {_read_ndcg(job.planned, out)}, {minutes:.1f} minutes")

@@ -217,11 +217,12 @@ def test_bucketing_loses_nothing(many):
 def test_the_bounds_of_an_epoch_are_those_of_its_batches(many, batch_size):
   batches = data_batches.training_batches(many, make_config(train__batch_size=batch_size))
   for epoch in range(2):
-    starts, ends = batches.epoch_bounds(epoch)
-    assert [x.shape for x in starts] == [(batches.steps_per_epoch, size) for size in batches.sizes]
+    bounds = batches.epoch_bounds(epoch)
+    assert [x.shape for pair in bounds for x in pair] == [
+        (batches.steps_per_epoch, size) for size in batches.sizes for _ in range(2)]
     for step in range(batches.steps_per_epoch):
-      rows = [data_batches.gather_rows(many.items, one[step], other[step], length + 1)
-              for one, other, length in zip(starts, ends, batches.buckets, strict=True)]
+      rows = [data_batches.gather_rows(many.items, starts[step], ends[step], length + 1)
+              for (starts, ends), length in zip(bounds, batches.buckets, strict=True)]
       expected = batches[epoch * batches.steps_per_epoch + step]
       for found, inputs, targets in zip(rows, expected["inputs"], expected["targets"], strict=True):
         np.testing.assert_array_equal(found[:, :-1], inputs)

@@ -335,6 +335,22 @@ def test_dropped_weights_have_the_refined_ones_as_their_mean(variant, order):
   assert jnp.any(deviation > 0)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_value_drops_the_first_order_weights_too(order):
+  """Whoever is dropped in every first-order row has no way left to the output, whatever the mixing keeps."""
+  refinement, params = build("value", order)
+  scores, mask = draw_scores(9, 3, 5), mask_of(0, 0, 0, length=5)
+
+  class FirstOrderOnly:
+    """Drops the even columns of the first-order softmax."""
+    again = lambda self, number: (lambda weights, rows: weights) if number else self  # noqa: E731
+    __call__ = lambda self, weights, rows: weights * (jnp.arange(5) % 2)[None, None, None]  # noqa: E731
+
+  kept, weights = refinement.apply({"params": params}, scores, mask, FirstOrderOnly(), method="weights")
+  assert np.all(kept[..., ::2] == 0) and np.any(weights[..., ::2] > 0)
+  np.testing.assert_allclose(kept[..., 1::2], weights[..., 1::2], rtol=1e-6)
+
+
 def test_initial_values_are_identity_projections_and_xavier_tables_per_head():
   scores, mask = jnp.zeros((1, 4, 2, 2)), jnp.ones((1, 1, 2, 2), bool)
   wide = dict(correlation="dot", heads=4, max_length=100, rank=50)

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from awrsr_jax.engine import checkpoint, processes, ranking, run_folder
+from awrsr_jax.engine import train as training
 from awrsr_jax.engine.state import init_state
 from awrsr_jax.engine.train import make_job, train
 from awrsr_jax.inference.trained import load
@@ -125,6 +126,18 @@ def test_a_run_that_is_told_to_stop_anywhere_ends_bit_equal(small_config, tmp_pa
   assert without_clock("run") == without_clock("uninterrupted")
   measured = {"wall_time_s": None, "peak_memory": None, "compiled": None}
   assert result | measured == expected | measured
+
+
+def test_a_run_of_another_law_does_not_go_on_but_can_be_used(small_config, tmp_path, monkeypatch):
+  with monkeypatch.context() as older:
+    older.setattr(training, "LAW", training.LAW - 1)
+    with pytest.raises(processes.Preempted):
+      train(small_config, tmp_path / "run", lambda: True)
+  before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+  with pytest.raises(ValueError, match="law 1 of batches and dropout, and this version has law 2"):
+    train(small_config, tmp_path / "run")
+  assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+  assert load(tmp_path / "run", step=2).step == 2
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(small_config, tmp_path):

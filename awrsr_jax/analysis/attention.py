@@ -19,6 +19,7 @@ from awrsr_jax.data import prepared
 from awrsr_jax.data.batches import gather_rows, history_lengths
 from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.data.splits import users_of
+from awrsr_jax.inference.standalone import round_up
 from awrsr_jax.inference.trained import Trained
 from awrsr_jax.model.backbones import attention_maps
 
@@ -203,4 +204,4 @@ def _make_step(backbone: Any) -> Any:
 
 def padded(size: int, most: int) -> int:
   """Returns the next power of two, or `most` where that is less: few sizes are compiled."""
-  return min(1 << (size - 1).bit_length(), most)
+  return min(round_up(size), most)

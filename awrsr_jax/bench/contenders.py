@@ -82,8 +82,8 @@ class Ours:
       for call in calls:
         epoch, first = divmod(step, job.batches.steps_per_epoch)
         if epoch != counted:
-          counted, targets_T = epoch, sum(np.maximum(ends - starts - 1, 0).sum(axis=1) for starts, ends in zip(
-              *job.batches.epoch_bounds(epoch), strict=True))
+          counted, targets_T = epoch, sum(np.maximum(ends - starts - 1, 0).sum(axis=1)
+                                      for starts, ends in job.batches.epoch_bounds(epoch))
         yield int(targets_T[first:first + call.steps].sum()), call
         step += call.steps
 

@@ -155,31 +155,29 @@ class TrainBatches:
     rows = rows[np.argsort(self._bucket_of_row[rows], kind="stable")]
     return np.split(rows, np.cumsum(self._rows_of_bucket)[:-1])
 
-  def _rows(self, epoch: int, batch: int) -> list[np.ndarray]:
-    """Returns the rows of each bucket in a global batch."""
-    return [rows[batch * len(rows) // self.steps_per_epoch:(batch + 1) * len(rows) // self.steps_per_epoch]
-            for rows in self._epoch(epoch)]
-
-  def epoch_bounds(self, epoch: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Returns starts and ends of the rows of every global batch of an epoch: (T, B) for each bucket."""
+  def bounds(self, epoch: int, batches_T: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns starts and ends of the rows of global batches of an epoch: (T, B) for each bucket, 0 where filled up."""
     bounds = []
     for rows, size in zip(self._epoch(epoch), self.sizes, strict=True):
-      cuts = np.arange(self.steps_per_epoch + 1) * len(rows) // self.steps_per_epoch
-      places_TxB = cuts[:-1, None] + np.arange(size)
-      real_TxB, rows_TxB = places_TxB < cuts[1:, None], rows[np.minimum(places_TxB, len(rows) - 1)]
-      bounds.append([np.where(real_TxB, x[rows_TxB], 0) for x in (self.starts, self.ends)])
-    starts, ends = zip(*bounds, strict=True)
-    return starts, ends
+      first_T, last_T = (at * len(rows) // self.steps_per_epoch for at in (batches_T, batches_T + 1))
+      places_TxB = first_T[:, None] + np.arange(size)[None]
+      real_TxB, rows_TxB = places_TxB < last_T[:, None], rows[np.minimum(places_TxB, len(rows) - 1)]
+      bounds.append((np.where(real_TxB, self.starts[rows_TxB], 0), np.where(real_TxB, self.ends[rows_TxB], 0)))
+    return bounds
+
+  def epoch_bounds(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the bounds of all batches of an epoch."""
+    return self.bounds(epoch, np.arange(self.steps_per_epoch))
 
   def __len__(self) -> int:
     return self.epochs * self.steps_per_epoch
 
   def __getitem__(self, step: int) -> Batch:
     """Returns inputs and targets: for each bucket int32 (B, L), B its size times the share of the parts."""
+    epoch, batch = divmod(int(step), self.steps_per_epoch)
     inputs, targets = [], []
-    for rows, size, length in zip(self._rows(*divmod(int(step), self.steps_per_epoch)), self.sizes, self.buckets,
-                                  strict=True):
-      starts, ends = (take_parts(x[rows], size, self.parts) for x in (self.starts, self.ends))
+    for bounds, length in zip(self.bounds(epoch, np.array([batch])), self.buckets, strict=True):
+      starts, ends = (take_parts(x_1xB[0], x_1xB.size, self.parts) for x_1xB in bounds)
       rows = gather_rows(self.items, starts, ends, length + 1)
       inputs.append(np.ascontiguousarray(rows[:, :-1]))
       targets.append(np.where(inputs[-1] > 0, rows[:, 1:], 0))  # the first item is no target

@@ -4,6 +4,7 @@ Both give the same batches, functions of (seed, step). Shapes: N interactions, T
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,7 +68,7 @@ def build_batch(feed: Feed, index: jax.Array, lengths: tuple[int, ...], mesh: Me
   """Returns inputs and targets, (B, L) for each bucket, of one step of an epoch that lives on the devices."""
   rows = lambda first, last: tuple(  # noqa: E731
       build_rows(feed["items"], starts_TxB[index] + first, ends_TxB[index] - 1 + last, length, mesh)
-      for starts_TxB, ends_TxB, length in zip(feed["starts"], feed["ends"], lengths, strict=True))
+      for (starts_TxB, ends_TxB), length in zip(feed["bounds"], lengths, strict=True))
   return {"inputs": rows(0, 0), "targets": rows(1, 1)}
 
 
@@ -93,8 +94,7 @@ def resident_calls(mesh: Mesh, batches: data_batches.TrainBatches, items: jax.Ar
   step = start
   while step < len(batches):
     epoch, first = divmod(step, batches.steps_per_epoch)
-    starts, ends = (tuple(place_rows(mesh, rows_TxB) for rows_TxB in bounds) for bounds in batches.epoch_bounds(epoch))
-    feed = {"items": items, "starts": starts, "ends": ends}
+    feed = {"items": items, "bounds": jax.tree.map(functools.partial(place_rows, mesh), batches.epoch_bounds(epoch))}
     while first < batches.steps_per_epoch:
       count = min(most, steps_to_pause(step), batches.steps_per_epoch - first)
       several = {"count": np.int32(count)} if most > 1 else {}

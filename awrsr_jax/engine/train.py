@@ -33,6 +33,7 @@ from awrsr_jax.model.backbones import build_backbone
 LOG = logging.getLogger(__name__)
 CHOSEN_BY = "ndcg@10"  # on validation: early stopping and the best checkpoint
 NOT_EVALUATED = -1.0  # below any metric
+LAW = 2  # of batches and dropout, what a step does with seed and config; 1: batches of one length each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,11 @@ def open_run(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
 
 
 def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainState, dict[str, Any]]:
-  """Returns the state and record of the newest good checkpoint, or fresh ones."""
+  """Returns the state and record of the newest good checkpoint, or fresh ones.
+
+  Raises:
+    ValueError: it was trained under another law of batches and dropout.
+  """
   init = functools.partial(init_state, job.backbone, job.optimizer, job.config.seed, job.mesh)
   template = meshes.template(job.mesh, jax.eval_shape(init))
   found = checkpoint.restore_newest(manager, template)
@@ -170,6 +175,11 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
              job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
              job.config.train.epochs, job.batches.buckets)
     return init(), {"step": 0, "best": NOT_EVALUATED, "best_step": 0, "worse": 0, "seconds": 0.0}
+  law = found[1].get("law", 1)
+  if law != LAW:
+    raise ValueError(f"{manager.directory} was trained under law {law} of batches and dropout, and this version has "
+                     f"law {LAW}: going on would end as neither run. Finish it with the version that began it, or "
+                     "start in another --workdir; its model can still be used")
   LOG.info("resumed at step %d of %d", found[1]["step"], job.total_steps)
   return found
 
@@ -184,7 +194,7 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
   """
   config, step, seconds = job.config, record["step"], record["seconds"]
   first = step
-  constants = {"config": config.to_dict(), "corpus": data_corpus.describe(job.corpus),
+  constants = {"law": LAW, "config": config.to_dict(), "corpus": data_corpus.describe(job.corpus),
                "ids_are_numbers": job.corpus.item_ids.dtype.kind == "i"}
   ids = encode_items(job.corpus)
   writer = run_folder.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else run_folder.NoWriter()

@@ -29,7 +29,7 @@ from awrsr_jax.engine import checkpoint
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.run_folder import read_json
 from awrsr_jax.inference import explain as explaining
-from awrsr_jax.inference.standalone import BATCH, NAMED, Catalogue, Id, Recommendation, check_list
+from awrsr_jax.inference.standalone import BATCH, NAMED, Catalogue, Id, Recommendation, check_list, round_up
 from awrsr_jax.inference.top import make_similar_step, make_top_step
 from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.hidden import table_rows
@@ -240,7 +240,7 @@ class Trained:
   def _batch_size(self, rows: int) -> int:
     """Returns the next power of two, or what of it every device of the "data" axis can take a part of."""
     data = self.mesh.shape["data"]
-    return -(-(1 << (rows - 1).bit_length()) // data) * data
+    return -(-round_up(rows) // data) * data
 
   def _padded_lengths(self, longest: int) -> tuple[int, int]:
     """Returns S and L: the smallest of n, n / 2, n / 4, ... that holds a history; beyond n, S is doubled."""
