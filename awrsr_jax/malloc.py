@@ -1,8 +1,8 @@
 """Has freed memory kept by the process: the first import of the commands that train, before a thread is started.
 
 XLA allocates the temporary arrays of a step on the CPU anew at every step, and glibc gives large ones back to the
-system as soon as they are freed, so every page of them is faulted in and cleared again: a third of the time of a step
-of Beauty. The process keeps its peak instead, which the next step would reach again. Other C libraries are left alone.
+system as soon as they are freed, so that every page of them is faulted in and cleared again. The process keeps its peak
+instead, which the next step would reach again; docs/performance.md has what that gains. Other C libraries are left alone.
 """
 
 import ctypes
