@@ -2,7 +2,7 @@
 
 XLA allocates the temporary arrays of a step on the CPU anew at every step, and glibc gives large ones back to the
 system as soon as they are freed, so that every page of them is faulted in and cleared again. The process keeps its peak
-instead, which the next step would reach again; docs/performance.md has what that gains. Other C libraries are left alone.
+instead, which the next step would reach again; docs/performance.md has what that gains. It is for glibc alone.
 """
 
 import ctypes
