@@ -11,6 +11,7 @@ Exit codes: 0 all runs are complete; 1 some failed; 75 it was told to stop, and 
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -33,33 +34,48 @@ from awrsr_jax.engine.run_folder import read_json
 MOST_AGAIN = 3  # times that a run which asks for it (code 75) is started again
 PAUSE_S = 0.1  # between looks at the processes
 
-Launch = Callable[[list[str], pathlib.Path, set[int]], Any]  # command, log file, cores -> as subprocess.Popen is
+MEMORY = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"  # JAX's variables
+MEMORY_FOR_RUNS = 0.9  # of an accelerator's; the rest is for what each process keeps there beside its arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """Of this machine, for a run: cores that it is bound to (none: it is not), and environment variables."""
+
+  cores: frozenset[int]
+  environment: dict[str, str]
+
+
+Launch = Callable[[list[str], pathlib.Path, Share], Any]  # command, log file, share -> as subprocess.Popen is
 
 
 @dataclasses.dataclass
 class Job:
-  """A run in progress: what it is, its process and cores, how often and when (seconds) it was started."""
+  """A run in progress: what it is, its process and share, how often and when (seconds) it was started."""
 
   planned: Planned
   process: Any
-  cores: set[int]
+  share: Share
   again: int
   began: float
 
 
-def share_cores(jobs: int) -> list[set[int]]:
-  """Returns the cores that each of so many runs at a time is bound to; empty ones where it is bound to none.
+def share_machine(jobs: int) -> list[Share]:
+  """Returns what each of so many runs at a time has of this machine.
 
-  Runs on cores of their own are faster than runs whose threads take turns on all of them.
+  Runs on cores of their own are faster than runs whose threads take turns on all of them. Of an accelerator's memory
+  JAX takes three quarters for the first process that comes, unless it is told how much: so it is, where the user does
+  not say.
   """
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-  if len(cores) < jobs:
-    return [set() for _ in range(jobs)]
-  return [set(cores[len(cores) * job // jobs:len(cores) * (job + 1) // jobs]) for job in range(jobs)]
+  cuts = [len(cores) * job // jobs if len(cores) >= jobs else 0 for job in range(jobs + 1)]
+  says = jobs == 1 or any(name in os.environ for name in MEMORY)
+  environment = {} if says else {MEMORY[0]: f"{MEMORY_FOR_RUNS / jobs:.3f}"}
+  return [Share(frozenset(cores[first:last]), environment) for first, last in itertools.pairwise(cuts)]
 
 
-def launch(command: list[str], log: pathlib.Path, cores: set[int]) -> subprocess.Popen:
-  """Starts a run on these cores, its output at the end of a log file.
+def launch(command: list[str], log: pathlib.Path, share: Share) -> subprocess.Popen:
+  """Starts a run on its share of the machine, its output at the end of a log file.
 
   In a session of its own: Ctrl-C is for this command, which tells the run to stop, once.
 
@@ -75,18 +91,23 @@ def launch(command: list[str], log: pathlib.Path, cores: set[int]) -> subprocess
     file.write(f"$ {shlex.join(command)}\n")
     file.flush()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                               start_new_session=True)
-  if cores:
+                               start_new_session=True, env=os.environ | share.environment)
+  if share.cores:
     with contextlib.suppress(ProcessLookupError):  # it may have failed at once
-      os.sched_setaffinity(process.pid, cores)
+      os.sched_setaffinity(process.pid, share.cores)
   return process
 
 
-def select(grid: Grid, only: str | None) -> list[Planned]:
-  """Returns the runs of which a name holds the regular expression, in order; all without one.
+def select(grid: Grid, only: str | None = None, part: str | None = None) -> list[Planned]:
+  """Returns the runs that are chosen, in order; all without a choice.
+
+  Args:
+    grid: of all runs.
+    only: a regular expression; runs of which a name holds it.
+    part: "K/N", of N hosts the K-th, from 1; every N-th of the runs, from the K-th on.
 
   Raises:
-    ValueError: it is none, or no run is named so.
+    ValueError: they are no regular expression or part, or choose no run.
   """
   try:
     pattern = re.compile(only or "")
@@ -96,7 +117,14 @@ def select(grid: Grid, only: str | None) -> list[Planned]:
   if not found:
     raise ValueError(f"--only={only}: none of the {len(grid.runs)} runs of {grid.path} is named so; names are like "
                      f"{grid.runs[0].names[0]!r}, and --list prints all of them")
-  return found
+  if part is None:
+    return found
+  host, _, hosts = part.partition("/")
+  if not (host.isdecimal() and hosts.isdecimal() and 1 <= int(host) <= int(hosts)):
+    raise ValueError(f"--part={part} must be K/N: of N hosts, the K-th, from 1; as in --part=1/4")
+  if len(found) < int(host):
+    raise ValueError(f"--part={part}: there are only {len(found)} runs, none is left for it; use fewer hosts")
+  return found[int(host) - 1::int(hosts)]
 
 
 def check_data(runs: Sequence[Planned], data: str | None) -> None:
@@ -142,12 +170,12 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
   waiting = collections.deque(runs)
   running: list[Job] = []
   failed: list[str] = []
-  free = share_cores(jobs)
+  free = share_machine(jobs)
   total = len(runs)
 
   def begin(planned: Planned, again: int = 0, began: float | None = None) -> None:
-    cores = free.pop(0)
-    running.append(Job(planned, start(*_to_start(planned, out, data), cores), cores, again, began or time.monotonic()))
+    share = free.pop(0)
+    running.append(Job(planned, start(*_to_start(planned, out, data), share), share, again, began or time.monotonic()))
 
   try:
     while (waiting or running) and not told_to_stop():
@@ -159,7 +187,7 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
         _say(f"{planned.names[0]}: started, {total - len(waiting)} of {total}; log in {_log(planned, out)}")
       for job in [job for job in running if job.process.poll() is not None]:
         running.remove(job)
-        free.append(job.cores)
+        free.append(job.share)
         code, name = job.process.poll(), job.planned.names[0]
         if code == processes.TRY_AGAIN and job.again < MOST_AGAIN and not told_to_stop():
           _say(f"{name}: ended with code {code}, it goes on where it was ({job.again + 1} of {MOST_AGAIN} times)")
@@ -198,7 +226,7 @@ def _end(running: Sequence[Job]) -> None:
 
 
 def _to_start(planned: Planned, out: str, data: str | None) -> tuple[list[str], pathlib.Path]:
-  """Returns what a Launch takes, but for the cores."""
+  """Returns what a Launch takes, but for the share."""
   return planned.command(out, data or "", python=sys.executable), _log(planned, out)
 
 
@@ -225,14 +253,14 @@ def _say(text: str) -> None:
 
 
 def reproduce(grid_path: str, out: str, data: str | None, only: str | None, jobs: int, results: str,
-              list_only: bool = False, report_only: bool = False,
+              part: str | None = None, list_only: bool = False, report_only: bool = False,
               told_to_stop: Callable[[], bool] = lambda: False, start: Launch = launch) -> None:
   """Runs what is left of a grid, and writes its results.
 
   Args:
     grid_path: a grid file.
     out, data, jobs, told_to_stop, start: see run_all.
-    only: a regular expression, see select; the results are of the whole grid all the same.
+    only, part: see select; the results are of the whole grid all the same.
     results: the markdown file.
     list_only: print all runs, and nothing else.
     report_only: write the results, and run nothing.
@@ -246,7 +274,7 @@ def reproduce(grid_path: str, out: str, data: str | None, only: str | None, jobs
   if list_only and report_only:
     raise ValueError("--list and --report_only exclude each other; give one of them")
   grid = load_grid(grid_path)
-  runs = select(grid, only)
+  runs = select(grid, only, part)
   if list_only:
     print_list(runs, out, data)
     return
@@ -284,8 +312,8 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
   runs_anything = not (LIST.value or REPORT_ONLY.value)
   try:
-    reproduce(GRID.value, OUT.value, DATA.value, ONLY.value, JOBS.value, RESULTS.value, LIST.value, REPORT_ONLY.value,
-              *([processes.listen()] if runs_anything else []))
+    reproduce(GRID.value, OUT.value, DATA.value, ONLY.value, JOBS.value, RESULTS.value, PART.value, LIST.value,
+              REPORT_ONLY.value, *([processes.listen()] if runs_anything else []))
   except processes.Preempted as notice:
     print(f"stopped as told, {notice}; all steps are saved, and the same command goes on", file=sys.stderr)
     sys.exit(processes.TRY_AGAIN)
@@ -301,9 +329,11 @@ if __name__ == "__main__":
                              "ml-1m.txt.")
   ONLY = flags.DEFINE_string("only", None, "Runs whose TABLE/ROW/seed_S holds this regular expression, as "
                              "'B beauty/(none|value)/seed_0'.")
+  PART = flags.DEFINE_string("part", None, "K/N: this is the K-th, from 1, of N hosts that share the folder of runs, "
+                             "and runs its part.")
   LIST = flags.DEFINE_bool("list", False, "Print state and command of every run, and run nothing.")
   REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write the results from what is there, and run nothing.")
   RESULTS = flags.DEFINE_string("results", "docs/results.md", "The page that is written, with figures in a folder "
                                 "beside it.")
-  JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time, each a process of its own.")
+  JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time, each a process with its share of the machine.")
   app.run(main)

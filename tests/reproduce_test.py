@@ -63,14 +63,14 @@ class Fake:
     self.out, self.acts, self.started, self.most = out, acts or {}, [], 0
     self.alive = []
 
-  def __call__(self, command, log, cores):
+  def __call__(self, command, log, share):
     planned = self.by_folder[str(log.parent.relative_to(self.out))]
     self.started.append(planned.names[0])
     log.parent.parent.mkdir(parents=True, exist_ok=True)
     act = self.acts.get(planned.names[0], [])
     process = FakeProcess(act.pop(0) if act else 0, lambda: finish(planned, self.out))
-    process.cores = cores
-    assert not any(other.left > 0 and other.cores & cores for other in self.alive)
+    process.cores = share.cores
+    assert not any(other.left > 0 and other.cores & share.cores for other in self.alive)
     self.alive.append(process)
     self.most = max(self.most, sum(other.left > 0 for other in self.alive))
     return process
@@ -280,15 +280,27 @@ def test_so_many_runs_at_a_time(jobs, tmp_path):
     ({0, 1}, 1, [{0, 1}]), ({4, 2, 7}, 2, [{2}, {4, 7}]), ({3, 5}, 2, [{3}, {5}]), ({1}, 2, [set(), set()])])
 def test_runs_at_a_time_share_the_cores(cores, jobs, shares, monkeypatch):
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
-  assert reproduce.share_cores(jobs) == shares
+  assert [share.cores for share in reproduce.share_machine(jobs)] == shares
+
+
+@pytest.mark.parametrize("jobs, said, wanted", [
+    (1, {}, {}), (2, {}, {"XLA_CLIENT_MEM_FRACTION": "0.450"}), (3, {}, {"XLA_CLIENT_MEM_FRACTION": "0.300"}),
+    (2, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".2"}, {}), (2, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, {})])
+def test_runs_at_a_time_share_the_memory_of_an_accelerator(jobs, said, wanted, monkeypatch):
+  for name in reproduce.MEMORY:
+    monkeypatch.delenv(name, raising=False)
+  for name, value in said.items():
+    monkeypatch.setenv(name, value)
+  assert [share.environment for share in reproduce.share_machine(jobs)] == [wanted] * jobs
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to cores here")
-def test_a_run_is_bound_to_its_cores(tmp_path):
+def test_a_run_has_its_share(tmp_path):
   core = min(os.sched_getaffinity(0))
-  show = "import os, time; time.sleep(.2); print(os.sched_getaffinity(0))"  # it is bound when it has begun
-  assert reproduce.launch([sys.executable, "-c", show], tmp_path / "log.txt", {core}).wait() == 0
-  assert (tmp_path / "log.txt").read_text().endswith(f"{{{core}}}\n")
+  show = "import os, time; time.sleep(.2); print(os.sched_getaffinity(0), os.environ['A'])"  # it is bound when it runs
+  share = reproduce.Share(frozenset({core}), {"A": "as told"})
+  assert reproduce.launch([sys.executable, "-c", show], tmp_path / "log.txt", share).wait() == 0
+  assert (tmp_path / "log.txt").read_text().endswith(f"{{{core}}} as told\n")
 
 
 def test_told_to_stop_ends_all_runs_and_starts_no_more(tmp_path):
@@ -320,6 +332,17 @@ def test_only_selects_by_any_name(tmp_path):
   for only, words in (("(", "no regular expression"), ("three", "none of the 4 runs of grid.py is named so")):
     with pytest.raises(ValueError, match=words):
       names(only)
+
+
+def test_hosts_share_the_runs():
+  grid = plan()
+  parts = [reproduce.select(grid, part=f"{host}/3") for host in (1, 2, 3)]
+  assert [len(part) for part in parts] == [2, 1, 1]
+  assert sorted((planned for part in parts for planned in part), key=grid.runs.index) == grid.runs
+  assert reproduce.select(grid, "value", "2/2") == [grid.runs[3]]
+  for part, words in (("0/2", "must be K/N"), ("2", "must be K/N"), ("-1/2", "must be K/N"), ("5/5", "only 4 runs")):
+    with pytest.raises(ValueError, match=words):
+      reproduce.select(grid, part=part)
 
 
 def test_data_that_is_not_there_is_named_before_anything_runs(tmp_path):
@@ -534,6 +557,7 @@ def test_stopped_killed_and_ended_by_the_same_command(tmp_path):
 
 def test_a_wrong_command_line_is_one_line(tmp_path):
   for flag, words in (("--only=nothing", "is named so"), ("--jobs=0", "--jobs=0 must be at least 1"),
+                      ("--part=3/2", "--part=3/2 must be K/N"),
                       ("--report_only", "none of the 2 runs")):
     process = start(tmp_path, flag)
     _, errors = process.communicate(timeout=120)
