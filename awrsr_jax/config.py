@@ -56,7 +56,8 @@ BOUNDS = {
     "train.epochs": (1, True), "train.batch_size": (1, True), "train.accumulate": (1, True),
     "train.steps_per_call": (1, True),
     "train.learning_rate": (0, False), "train.weight_decay": (0, True), "train.warmup_steps": (0, True),
-    "train.clip_norm": (0, False), "model.awr.gate": (0, False),
+    "train.clip_norm": (0, False), "train.average": (0, False), "model.awr.gate": (0, False),
+    "model.cosine": (0, False),
     "train.patience": (1, True), "train.log_every": (1, True), "train.beta1": (0, True), "train.beta2": (0, True),
     "eval.every_epochs": (1, True), "eval.batch_size": (1, True), "eval.block_items": (1, True),
     "checkpoint.every_steps": (1, True), "mesh.model": (1, True),
@@ -122,6 +123,7 @@ def default() -> ml_collections.ConfigDict:
   model.attention.dropout = config_dict.placeholder(float)  # of attention weights; None: model.dropout
   model.attention.implementation = "auto"  # reference (L x L weights in memory) | fused (in blocks) | auto (if it can)
   model.attention.sink = config_dict.placeholder(float)  # a row may attend to nothing: a learned score starts here
+  model.cosine = config_dict.placeholder(float)  # sasrec: scores are cosines, times this; None: dot products
   model.dtype = "float32"  # of activations; parameters, softmax, norms and scores stay float32
   model.remat = False  # keep only the inputs of blocks for the backward pass, and make the rest again
   model.table_multiple = 128  # item table rows are padded to it, whatever the device count
@@ -156,6 +158,7 @@ def default() -> ml_collections.ConfigDict:
   train.beta1 = 0.9
   train.beta2 = 0.999
   train.clip_norm = config_dict.placeholder(float)  # global gradient norm; None: no clipping
+  train.average = config_dict.placeholder(float)  # evaluate and keep averages that decay so; None: parameters
   train.patience = config_dict.placeholder(int)  # stop after so many evaluations without a better NDCG@10
   train.log_every = 50  # steps between lines of metrics.jsonl
 
@@ -226,7 +229,7 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     raise ValueError(f"config.model.heads={model.heads} does not divide config.model.width={model.width}; "
                      f"choose heads from {[h for h in range(1, model.width + 1) if model.width % h == 0]}")
   for name, value in (("model.dropout", model.dropout), ("model.attention.dropout", model.attention.dropout),
-                      ("train.beta1", train.beta1), ("train.beta2", train.beta2)):
+                      ("train.beta1", train.beta1), ("train.beta2", train.beta2), ("train.average", train.average)):
     if value is not None and value >= 1:
       raise ValueError(f"config.{name}={value} must be below 1")
   if loss.gbce_t > 1:
@@ -237,6 +240,9 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     if other:
       raise ValueError(f"config.model.faithful is the published STOSA, with model.backbone=stosa, norm=post, "
                        f"activation=elu and ffn_width={4 * model.width} (4 * width); not {other}")
+  if model.cosine is not None and not (model.backbone == "sasrec" and math.isfinite(model.cosine)):
+    raise ValueError(f"config.model.cosine={model.cosine} must be a finite factor of cosines, and needs "
+                     f"config.model.backbone=sasrec, not {model.backbone}, whose scores are distances; or None")
   if loss.pvn_weight and model.backbone != "stosa":
     raise ValueError(f"config.loss.pvn_weight={loss.pvn_weight} compares distances between items, and the scores of "
                      f"config.model.backbone={model.backbone} are no distances; set it to 0, or use backbone=stosa")

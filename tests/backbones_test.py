@@ -211,6 +211,28 @@ def test_score_all_is_the_dot_product_and_minus_infinity_for_padding_and_fill_ro
       assert scores[index] == -np.inf
 
 
+def test_cosine_scores_are_cosines_of_what_dot_products_are_of():
+  plain, params = build("none")
+  cosine, _ = build("none", cosine=5.0)
+  apply = lambda backbone, *args, **kwargs: backbone.apply({"params": params}, *args, **kwargs)  # noqa: E731
+  hidden = np.float64(apply(plain, INPUTS, method="encode").mean)
+  table = np.float64(params["embedding"]["item_table"])
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+  wanted = 5 * unit(hidden[REAL]) @ unit(table).T
+  encoded = apply(cosine, INPUTS, method="encode")
+  np.testing.assert_allclose(apply(cosine, encoded, method="score_all")[REAL][:, 1:ITEMS + 1], wanted[:, 1:ITEMS + 1],
+                             atol=1e-5)
+  items = np.arange(1, ITEMS + 1)
+  np.testing.assert_allclose(apply(cosine, encoded, items, method="score")[REAL], wanted[:, items], atol=1e-5)
+  itself = apply(cosine, apply(cosine, items, method="items"), items, method="score")
+  np.testing.assert_allclose(np.diag(itself), 1, atol=1e-5)
+
+
+def test_vectors_of_length_0_have_cosine_0_and_finite_gradients():
+  grad = jax.grad(lambda x: jnp.sum(sasrec.unit(x) @ jnp.arange(3.0)))(jnp.zeros((2, 3)))
+  assert not np.any(sasrec.unit(jnp.zeros((2, 3)))) and np.all(np.isfinite(grad))
+
+
 @pytest.mark.parametrize("kind", ["sasrec", "stosa"])
 def test_score_agrees_with_score_all_for_shared_and_for_own_candidates(kind):
   backbone, params, hidden, scores = scored(kind)

@@ -34,6 +34,8 @@ def make_config(loss, backbone):
   config.loss.name, config.loss.num_negatives, config.train.log_every = loss, 5, 2
   if loss == "sampled_softmax":
     config.loss.negatives = "popularity"
+  if (loss, backbone) == ("softmax", "sasrec"):
+    config.model.cosine = 5.0
   if (loss, backbone) == ("bpr", "stosa"):
     config.loss.pvn_weight = 0.1
   return finalize(config)

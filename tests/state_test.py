@@ -111,6 +111,25 @@ def test_an_optimizer_is_its_definition(values, loop):
   np.testing.assert_allclose(np.concatenate([got["a"], got["b"]]), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.15])
+def test_averages_are_their_definition_of_what_the_same_optimizer_trains(decay):
+  grads = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
+  plain, averaging = (states.make_optimizer(make_train(learning_rate=0.1, clip_norm=1.0, average=average), 100)
+                      for average in (None, decay))
+  trained = average = jnp.ones(3)
+  plain_state, opt_state = plain.init(trained), averaging.init(average)
+  wanted = np.ones(3)
+  for t, grad in enumerate(grads):
+    updates, plain_state = plain.update(grad, plain_state, trained)
+    trained += updates
+    keep = min(decay, (1 + t) / (10 + t))
+    wanted = keep * wanted + (1 - keep) * np.float64(trained)
+    moves, opt_state = averaging.update(grad, opt_state, average)
+    average += moves
+    np.testing.assert_array_equal(opt_state.trained, trained)
+    np.testing.assert_allclose(average, wanted, rtol=1e-5)
+
+
 def test_an_optimizer_follows_its_schedule():
   train = make_train(learning_rate=0.1, schedule="linear", warmup_steps=2)
   optimizer, rate = states.make_optimizer(train, 6), states.make_schedule(train, 6)

@@ -45,6 +45,25 @@ def test_the_window_restarts_after_a_line(small_config):
   assert counts == [1, 2, 3, 1, 2]
 
 
+def test_averaging_trains_as_without_and_keeps_the_averages(small_config):
+  jobs = [make_job(small_config)]
+  small_config.train.average = 0.9
+  jobs.append(make_job(small_config))
+  popularity = meshes.replicate(jobs[0].mesh, np.arange(1, jobs[0].corpus.num_items + 1, dtype=np.int32))
+  plain, averaged = (init_state(job.backbone, job.optimizer, 0, job.mesh) for job in jobs)
+  table = lambda params: np.array(params["embedding"]["item_table"])  # noqa: E731
+  np.testing.assert_array_equal(table(averaged.trained), table(averaged.params))
+  for step in range(3):
+    wanted, keep = table(averaged.params), (1 + step) / (10 + step)
+    batch = meshes.to_global(jobs[0].mesh, jobs[0].batches[step])
+    (plain, _), (averaged, _) = (job.train_step(state, batch, popularity)
+                                 for job, state in zip(jobs, (plain, averaged), strict=True))
+    np.testing.assert_allclose(table(averaged.trained), table(plain.params), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(table(averaged.params), keep * wanted + (1 - keep) * table(plain.params), rtol=1e-4,
+                               atol=1e-7)
+    assert plain.trained is plain.params
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 4])
 def test_pieces_have_every_row_once_interleaved_and_keys_of_their_own(pieces, small_config):
   mesh = make_job(small_config).mesh

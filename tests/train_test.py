@@ -103,6 +103,7 @@ def test_patience_stops_the_run(small_config, tmp_path):
 
 def test_a_run_that_is_told_to_stop_anywhere_ends_bit_equal(small_config, tmp_path):
   """In both epochs, in both evaluations, and in that of the test split; nothing trained is lost."""
+  small_config.train.average = 0.9
   expected = train(small_config, tmp_path / "uninterrupted")
   small_config.checkpoint.every_steps = 3
   asked, stopped = [], []

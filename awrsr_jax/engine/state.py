@@ -33,7 +33,8 @@ class TrainState:
 
   Attributes:
     step: int32, steps done; also the position in the data.
-    params, opt_state: trees of float32.
+    params: float32, what is evaluated, kept and used.
+    opt_state: of the optimizer; where `params` are averages it has the parameters that are trained, too.
     window: running sums for the log.
     bad_step: int32, the first step whose loss or gradient was not finite; NO_STEP if none.
   """
@@ -43,6 +44,26 @@ class TrainState:
   opt_state: Any
   window: Window
   bad_step: jax.Array
+
+  @property
+  def trained(self) -> Any:
+    """The parameters that the next gradient is of: params, unless they are averages."""
+    return self.opt_state.trained if isinstance(self.opt_state, Averaged) else self.params
+
+
+@struct.dataclass
+class Averaged:
+  """The optimizer state of a run whose `params` are running averages.
+
+  Attributes:
+    count: int32, updates done.
+    trained: the parameters that are averaged.
+    inner: the state of the optimizer that trains them.
+  """
+
+  count: jax.Array
+  trained: Any
+  inner: Any
 
 
 def make_key(seed: int, purpose: str, step: int | jax.Array = 0) -> jax.Array:
@@ -67,7 +88,27 @@ def make_optimizer(train: Any, total_steps: int) -> optax.GradientTransformation
   schedule = make_schedule(train, total_steps)
   adam = {"adam": optax.adam(schedule, train.beta1, train.beta2),
           "adamw": optax.adamw(schedule, train.beta1, train.beta2, weight_decay=train.weight_decay)}[train.optimizer]
-  return adam if train.clip_norm is None else optax.chain(optax.clip_by_global_norm(train.clip_norm), adam)
+  clipped = adam if train.clip_norm is None else optax.chain(optax.clip_by_global_norm(train.clip_norm), adam)
+  return clipped if train.average is None else averaging(clipped, train.average)
+
+
+def averaging(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+  """Returns an optimizer whose parameters are running averages of those that `optimizer` trains.
+
+  After update t, from 0: average += (1 - min(decay, (1 + t) / (10 + t))) (trained - average); what is young forgets
+  faster (TensorFlow's ExponentialMovingAverage). Its gradients are those of `TrainState.trained`.
+  """
+  def init(params: Any) -> Averaged:
+    return Averaged(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+  def update(grads: Any, state: Averaged, params: Any) -> tuple[Any, Averaged]:
+    updates, inner = optimizer.update(grads, state.inner, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    share = 1 - jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+    moves = jax.tree.map(lambda new, old: share * (new - old), trained, params)
+    return moves, Averaged(state.count + 1, trained, inner)
+
+  return optax.GradientTransformation(init, update)
 
 
 def empty_window() -> Window:

@@ -47,7 +47,7 @@ def train_step(state: TrainState, batch: dict[str, jax.Array], cumulative: jax.A
     return total / targets_per_step, (total, positions)
 
   rows = {name: batch[name] for name in ("inputs", "targets")}
-  grads, (total, positions) = accumulate(jax.grad(scaled_loss, has_aux=True), state.params, rows, keys,
+  grads, (total, positions) = accumulate(jax.grad(scaled_loss, has_aux=True), state.trained, rows, keys,
                                          config.train.accumulate, mesh)
   grad_norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

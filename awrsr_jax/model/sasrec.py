@@ -12,8 +12,17 @@ from awrsr_jax.model.hidden import Backbone, Hidden, table_rows
 from awrsr_jax.model.refine import build_refinement
 
 
+def unit(x: jax.Array) -> jax.Array:
+  """Returns vectors (..., D) of length 1, in their directions; one of 0 stays, and has a gradient."""
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
 class SASRec(Backbone):
-  """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), with refined attention."""
+  """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), with refined attention.
+
+  With `model.cosine` = c the score of an item is c cos(hidden state, item vector), as in NISER (Gupta et al., 2019);
+  the embedding below the blocks is the same as without.
+  """
 
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
@@ -37,20 +46,21 @@ class SASRec(Backbone):
 
     Returns:
       Hidden with mean (B, L, D) float32: position t knows items up to t. Padded positions hold no information.
-      With `newest`, (B, 1, D).
+      With `newest`, (B, 1, D). With `model.cosine` each is of that length.
     """
     real_BxL = inputs_BxL > 0
     x_BxLxD = self.embedding(inputs_BxL, train)
     for block in self.blocks:
       x_BxLxD = block(x_BxLxD, real_BxL, train, newest and block is self.blocks[-1])
-    return Hidden(mean=self.norm_out(x_BxLxD).astype(jnp.float32))
+    mean_BxLxD = self.norm_out(x_BxLxD).astype(jnp.float32)
+    return Hidden(mean=mean_BxLxD if self.model.cosine is None else self.model.cosine * unit(mean_BxLxD))
 
   def items(self, numbers: jax.Array) -> Hidden:
-    """Returns the items (...) themselves as a hidden state, mean (..., D): their vectors."""
-    return Hidden(mean=self.embedding.item_table[numbers])
+    """Returns the items (...) themselves as a hidden state, mean (..., D): the vectors that score them."""
+    return Hidden(mean=self._scoring(self.embedding.item_table[numbers]))
 
   def score(self, hidden: Hidden, items: jax.Array) -> jax.Array:
-    """Scores chosen items: the dot product of hidden state and item vector.
+    """Scores chosen items: the dot product of hidden state and item vector, or their cosine times `model.cosine`.
 
     Args:
       hidden: mean (..., D).
@@ -59,14 +69,17 @@ class SASRec(Backbone):
     Returns:
       (..., K) float32.
     """
-    table = self.embedding.item_table[items]
+    table = self._scoring(self.embedding.item_table[items])
     if items.ndim == 1:
       return jnp.einsum("...d,kd->...k", hidden.mean, table)
     return jnp.einsum("...d,...kd->...k", hidden.mean, table)
 
   def catalogue(self) -> dict[str, jax.Array]:
-    """Returns the item table (V, D), as it is stored."""
-    return {"mean": self.embedding.item_table}
+    """Returns the vectors (V, D) that score the items: the item table, with `model.cosine` of length 1."""
+    return {"mean": self._scoring(self.embedding.item_table)}
+
+  def _scoring(self, vectors: jax.Array) -> jax.Array:
+    return vectors if self.model.cosine is None else unit(vectors)
 
   @staticmethod
   def score_rows(hidden: Hidden, rows: dict[str, jax.Array]) -> jax.Array:
@@ -79,5 +92,4 @@ class SASRec(Backbone):
 
     The dot product would call popular items, whose vectors are long, similar to everything.
     """
-    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)  # noqa: E731
     return jnp.einsum("...d,kd->...k", unit(items.mean), unit(rows["mean"]))
