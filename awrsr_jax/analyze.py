@@ -110,7 +110,8 @@ def look_at_attention(groups: Groups, user: str | None, users: int, data_path: s
   Raises:
     ValueError: there is no such user.
   """
-  seen, first = [], next(iter(groups.values()))[0]
+  seen: list[report.Attention] = []
+  first = next(iter(groups.values()))[0]
   try:
     histories = read_histories(first, data_path)
   except ValueError as error:

@@ -160,12 +160,12 @@ def measure(corpus: Corpus, config: Any, neighbours: int) -> dict[str, Any]:
     ValueError: too few items are left to sample candidates from.
   """
   learners = dict(BASELINES)
-  if corpus.oracle:
-    learners["best possible"] = lambda corpus, _: corpus.oracle
+  if oracle := corpus.oracle:
+    learners["best possible"] = lambda *_: oracle
   batches = {split: ranking_batches(corpus, config, split) for split in HELD_OUT}
   size = min(config.eval.batch_size, max(1, MOST_SCORES // (corpus.num_items + 1)))
   batches = {split: dataclasses.replace(whole, batch_size=size) for split, whole in batches.items()}
-  found = {}
+  found: dict[str, dict[str, Any]] = {}
   for name, learn in learners.items():
     begin = time.monotonic()
     score = learn(corpus, neighbours)

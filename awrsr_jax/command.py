@@ -45,5 +45,5 @@ def cache_folder() -> pathlib.Path:
 
 def keep_compiled() -> None:
   """Has compiled programs kept on disk, so that a second start, or a resumed run, compiles nothing again."""
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

@@ -345,7 +345,7 @@ def restore(values: dict[str, Any], where: str) -> ml_collections.FrozenConfigDi
 
 def walk(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
   """Returns (dotted key, value) of every leaf of a config, nested dict or frozen config, in key order."""
-  leaves = []
+  leaves: list[tuple[str, Any]] = []
   for key in sorted(config):
     value = config[key]
     is_node = isinstance(value, (ml_collections.ConfigDict, ml_collections.FrozenConfigDict, dict))

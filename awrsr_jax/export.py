@@ -48,8 +48,8 @@ def report(out: str, made: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
   # Here, so that whoever imports this file may have flags of the same names.
-  WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
-  OUT = flags.DEFINE_string("out", None, "The folder to make.")
+  WORKDIR = flags.DEFINE_string("workdir", "", "The run folder.")
+  OUT = flags.DEFINE_string("out", "", "The folder to make.")
   K = flags.DEFINE_integer("k", 100, "The most items that the artefact can give a history.")
   STEP = flags.DEFINE_integer("step", None, "Which checkpoint; not set: the best on validation.")
   PLATFORMS_ = flags.DEFINE_list("platforms", list(PLATFORMS), "What it shall run on: cpu, cuda, tpu, rocm.")

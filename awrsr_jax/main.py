@@ -25,7 +25,7 @@ from awrsr_jax.engine.mesh import check_config, make_mesh
 from awrsr_jax.engine.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, as in configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder: checkpoints, metrics, result. May be gs://bucket/...")
+WORKDIR = flags.DEFINE_string("workdir", "", "The run folder: checkpoints, metrics, result. May be gs://bucket/...")
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; not needed on Cloud "
                                           "TPU VMs and under SLURM.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run, on one host or many.")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
 
 def check_flags() -> None:
   """Raises ValueError when flags lack each other."""
-  if WORKDIR.value is None:
+  if not WORKDIR.value:
     raise ValueError("--workdir=FOLDER is missing; it is where the run lives, and continues")
   if DEVICES.value or ITEMS.value:
     raise ValueError("--devices and --items are for --dry_run; a run takes the devices that there are, and the items "
@@ -87,7 +87,7 @@ def plan_memory() -> str:
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
   config = finalize(CONFIG.value)
   mesh = make_mesh(config.mesh)
-  check_config(*mesh.devices.shape, config)
+  check_config(mesh.shape["data"], mesh.shape["model"], config)
   items = ITEMS.value or prepared.load(config.data).num_items
   return f"{items} items, {memory.describe(memory.plan(config, items, mesh), mesh.devices.shape)}"
 

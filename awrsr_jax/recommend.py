@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
   """Does what the flags say. Raises ValueError for what does not fit."""
-  if WORKDIR.value is None:
+  if not WORKDIR.value:
     raise ValueError("--workdir=RUN is missing; it is the run folder that python -m awrsr_jax.main left")
   allow = read_ids(ALLOW.value, "--allow") if ALLOW.value else None
   job = Job(K.value, not INCLUDE_SEEN.value, allow, read_ids(DENY.value, "--deny") if DENY.value else (), STRICT.value,

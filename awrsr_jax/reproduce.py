@@ -130,7 +130,9 @@ def select(grid: Grid, only: str | None = None, part: str | None = None) -> list
 def check_data(runs: Sequence[Planned], data: str | None) -> None:
   """Raises ValueError unless the data files of all runs are there."""
   wanted = sorted({planned.data for planned in runs if planned.data})
-  if wanted and data is None:
+  if not wanted:
+    return
+  if data is None:
     raise ValueError(f"--data=FOLDER is missing; it is where {', '.join(wanted)} lie, which these runs read")
   absent = [name for name in wanted if not os.path.exists(os.path.join(data, name))]
   if absent:
@@ -139,7 +141,7 @@ def check_data(runs: Sequence[Planned], data: str | None) -> None:
 
 def print_list(runs: Sequence[Planned], out: str, data: str | None) -> None:
   """Prints state, names and command of every run."""
-  states = collections.Counter()
+  states: collections.Counter[str] = collections.Counter()
   for planned in runs:
     state, why = read_state(planned, out)
     states[state] += 1
@@ -313,7 +315,7 @@ def main(argv: Sequence[str]) -> None:
   runs_anything = not (LIST.value or REPORT_ONLY.value)
   try:
     reproduce(GRID.value, OUT.value, DATA.value, ONLY.value, JOBS.value, RESULTS.value, PART.value, LIST.value,
-              REPORT_ONLY.value, *([processes.listen()] if runs_anything else []))
+              REPORT_ONLY.value, processes.listen() if runs_anything else lambda: False)
   except processes.Preempted as notice:
     print(f"stopped as told, {notice}; all steps are saved, and the same command goes on", file=sys.stderr)
     sys.exit(processes.TRY_AGAIN)

@@ -32,7 +32,7 @@ def make_log(path: pathlib.Path, rows: int) -> None:
 
 def count_memory() -> tuple[int, int]:
   """Returns the bytes of this process that are its own, and all that it has mapped."""
-  _, resident, shared, *_ = (int(number) * PAGE for number in open("/proc/self/statm").read().split())
+  _, resident, shared, *_ = (int(number) * PAGE for number in pathlib.Path("/proc/self/statm").read_text().split())
   return resident - shared, resident
 
 

@@ -132,7 +132,7 @@ def main() -> None:
       times = []
       for _ in range(6):
         began = time.monotonic()
-        state, report = jax.block_until_ready(step(state, batch, popularity))
+        state, _ = jax.block_until_ready(step(state, batch, popularity))
         times.append(time.monotonic() - began)
       alone = alone or min(times)
       positions = rows[0].size // data  # of a device; all are real

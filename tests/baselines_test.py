@@ -1,6 +1,7 @@
 """Baselines: scores by hand and against loops; they learn from training parts alone, and rank as every model does."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -71,7 +72,7 @@ def loop_popularity(corpus, _):
 
 def loop_last_item(corpus, _):
   """last item by its definition."""
-  pairs = [pair for part in training_parts(corpus) for pair in zip(part, part[1:], strict=False)]
+  pairs = [pair for part in training_parts(corpus) for pair in itertools.pairwise(part)]
   popularity = loop_popularity(corpus, _)([])
   return lambda history: [pairs.count((history[-1] if history else 0, item)) + popularity[item] / (1 + sum(popularity))
                           for item in range(corpus.num_items + 1)]

@@ -123,7 +123,7 @@ def test_gather_rows_takes_the_newest_and_pads_on_the_left():
 
 def padded(lengths, buckets, batches, multiple):
   """Padded positions of a batch, its filling rows included, with every row in the smallest bucket that holds it."""
-  rows = {bucket: 0 for bucket in buckets}
+  rows = dict.fromkeys(buckets, 0)
   for length in lengths:
     rows[min(bucket for bucket in buckets if bucket >= length)] += 1
   return sum(math.ceil(math.ceil(count / batches) / multiple) * multiple * bucket for bucket, count in rows.items())

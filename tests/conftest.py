@@ -7,13 +7,13 @@ import pathlib
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
                                     "--xla_llvm_disable_expensive_passes=true"])
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import tiny_config  # noqa: E402
+import jax
+import numpy as np
+import pytest
+import tiny_config
 
-from awrsr_jax.data import splits  # noqa: E402
-from awrsr_jax.data.corpus import Corpus, count_trained  # noqa: E402
+from awrsr_jax.data import splits
+from awrsr_jax.data.corpus import Corpus, count_trained
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -152,7 +152,7 @@ def test_a_fresh_process_gives_what_the_live_model_gives(live, made):
       [draw(ids, [1, 2, 0, n, n + 1, 5 * n, 4]), {"k": K}],
       [draw(ids, np.arange(70) % (3 * n) + 1), {}],
       [draw(ids, [5, 12]), {"exclude_seen": False, "k": K}],
-      [draw(ids, [5, 12]), {"allow": ids[3:9] + ["nothing"]}],
+      [draw(ids, [5, 12]), {"allow": [*ids[3:9], "nothing"]}],
       [draw(ids, [5, 12]), {"deny": ids[:20], "k": K}],
       [draw(ids, [5, 12]), {"allow": ids[:12], "deny": ids[:6], "exclude_seen": False}],
       [[["nothing", ids[4], "ü"], ["nothing"], []], {}],
@@ -296,7 +296,7 @@ def edit(path, **values):
     (lambda folder: (folder / "manifest.json").write_text("[]"), "has schema None"),
     (lambda folder: edit(folder / "manifest.json", schema=2), "has schema 2, and this recommender.py reads schema 1"),
     (lambda folder: edit(folder / "manifest.json", length=9), "says length 9"),
-    (lambda folder: shutil.rmtree(folder), "no artefact"),
+    (shutil.rmtree, "no artefact"),
 ])
 def test_damage_is_named(damage, message, copied):
   damage(copied)

@@ -106,7 +106,7 @@ def test_blocks_of_any_size_give_plain_attention(block, stairs, monkeypatch):
   monkeypatch.setattr(attention, "BLOCK", block)
   monkeypatch.setattr(attention, "STAIRS", stairs)
   rng = np.random.default_rng(0)
-  q, k, v = (jnp.asarray(rng.normal(size=(2, BATCH, LENGTH, 4)), jnp.float32) for _ in range(3))
+  q, k = (jnp.asarray(rng.normal(size=(2, BATCH, LENGTH, 4)), jnp.float32) for _ in range(2))
   seen = lambda weights, rows: jnp.pad(weights, [(0, 0)] * 3 + [(0, LENGTH - weights.shape[-1])])  # noqa: E731
   weights = attention.attend_in_blocks(q, k, REAL, seen)
   scores = jnp.einsum("hbid,hbjd->bhij", q, k)

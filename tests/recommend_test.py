@@ -55,10 +55,10 @@ def command(loaded, monkeypatch, capfd, tmp_path):
       try:
         runpy.run_module("awrsr_jax.recommend", run_name="__main__")
         code = 0
-      except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int | None) else 1
-        if isinstance(exit.code, str):
-          print(exit.code, file=sys.stderr)
+      except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int | None) else 1
+        if isinstance(ended.code, str):
+          print(ended.code, file=sys.stderr)
       finally:
         for flag in list(flags.FLAGS.flags_by_module_dict()["recommend"]):  # so that the next call may define them anew
           delattr(flags.FLAGS, flag.name)
@@ -157,7 +157,7 @@ def test_what_can_be_refused_early_is_refused_before_the_model_is_loaded(run, co
   (tmp_path / "o.csv").touch()
   for given in ([f"--output={tmp_path / 'o.csv'}"], ["--output=o.txt"], [f"--input={tmp_path / 'nowhere'}"]):
     refuse(command, "ValueError: ", "--workdir=nowhere", *given)
-    code, _, errors = command("--workdir=nowhere", *given)
+    _, _, errors = command("--workdir=nowhere", *given)
     assert "no run folder" not in errors
 
 

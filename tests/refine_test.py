@@ -353,7 +353,7 @@ def test_value_drops_the_first_order_weights_too(order):
 
 def test_initial_values_are_identity_projections_and_xavier_tables_per_head():
   scores, mask = jnp.zeros((1, 4, 2, 2)), jnp.ones((1, 1, 2, 2), bool)
-  wide = dict(correlation="dot", heads=4, max_length=100, rank=50)
+  wide = {"correlation": "dot", "heads": 4, "max_length": 100, "rank": 50}
   params = Refinement(combine="value", value_projection=True, **wide).init(jax.random.key(0), scores, mask)["params"]
   np.testing.assert_array_equal(params["order1_value"], np.broadcast_to(np.eye(100), (4, 100, 100)))
   for role in ("query", "key"):

@@ -1,6 +1,7 @@
 """The report: well-formed and accessible HTML, everything escaped, nothing from elsewhere, the numbers of the runs."""
 
 import html.parser
+import itertools
 import json
 import os
 import pathlib
@@ -88,7 +89,7 @@ def check(text):
   for tag in ("h1", "main", "header", "nav", "footer"):
     assert len(page.find(tag)) == 1, tag
   levels = [int(element["tag"][1]) for element in page.find("h1", "h2", "h3", "h4", "h5", "h6")]
-  assert levels[0] == 1 and all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+  assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
   ids = [element["@id"] for element in page.elements if "@id" in element]
   assert len(ids) == len(set(ids))
   wanted = [name for element in page.elements for name in element.get("@aria-labelledby", "").split()]

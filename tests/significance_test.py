@@ -336,7 +336,7 @@ def test_a_million_users_take_little_memory():
     ({"level": 0.0}, "--level=0.0 must lie"), ({"level": 1.0}, "--level=1.0 must lie"),
     ({"level": float("nan")}, "--level=nan must lie")])
 def test_settings_that_say_nothing_are_refused(values, words, groups):
-  significance.compare(groups, **{"resamples": 1, "metrics": ["hr@7"]})
+  significance.compare(groups, resamples=1, metrics=["hr@7"])
   with pytest.raises(ValueError, match=words):
     significance.compare(groups, **{"resamples": 10} | values)
 

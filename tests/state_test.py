@@ -1,5 +1,6 @@
 """State: keys, schedules and optimizers against their definitions; the state is born where it lives."""
 
+import itertools
 import math
 import re
 
@@ -68,7 +69,7 @@ def test_a_schedule_rises_to_its_peak_and_ends_as_named():
     rates = [float(rate(step)) for step in range(51)]
     assert rates[:6] == sorted(rates[:6]) and 0 < rates[0] < rates[5]
     assert max(rates) == pytest.approx(0.02) == rates[5] and rates[50] == pytest.approx(end, abs=1e-9)
-    assert all(later <= earlier for earlier, later in zip(rates[5:], rates[6:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[5:]))
 
 
 def test_a_warm_up_longer_than_the_run_never_fails():

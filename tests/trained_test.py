@@ -192,7 +192,7 @@ def test_similarity_of_gaussians_is_their_distance():
   config.data.max_length = 4
   backbone = build_backbone(finalize(config), 9)
   params = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-  apply = jax.jit(lambda *args, method: backbone.apply({"params": params}, *args, method=method),  # noqa: E731
+  apply = jax.jit(lambda *args, method: backbone.apply({"params": params}, *args, method=method),
                   static_argnames="method")
   items = apply(jnp.arange(1, 4), method="items")
   found = backbone.compare_rows(items, apply(method="catalogue"))

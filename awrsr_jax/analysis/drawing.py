@@ -63,8 +63,8 @@ def styled(**more: Any) -> Iterator[None]:
 
   Letters that the font does not have are boxes in a PNG file; SVG text is shown in a font of who reads it.
   """
-  plain_style = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-  with matplotlib.rc_context({**plain_style, **STYLE, **more}), warnings.catch_warnings():
+  plain_style: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+  with matplotlib.rc_context(plain_style | STYLE | more), warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one for each letter and each time it is drawn
     yield
 

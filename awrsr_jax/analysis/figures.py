@@ -260,7 +260,7 @@ def _drawing(key: str, title: str, caption: str, figure: Figure, curves: list[Cu
   columns, of_curve = [x_label], []
   for curve in curves:
     columns += [curve.name] + [f"{curve.name}, deviation"] * (curve.deviation is not None)
-    values = [curve.mean] + [curve.deviation] * (curve.deviation is not None)
+    values = [x for x in (curve.mean, curve.deviation) if x is not None]
     of_curve.append((dict(zip(curve.x.tolist(), zip(*(x.tolist() for x in values), strict=True), strict=True)),
                      ("",) * len(values)))
   every = sorted({x for found, _ in of_curve for x in found})

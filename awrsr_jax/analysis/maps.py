@@ -41,7 +41,7 @@ def draw_map(layer: Layer, heads: list[int], labels: list[str], is_refined: bool
   panels = panels if is_refined else {"attention": first}
   largest = max(float(np.max(x)) for x in first + refined)
   weight = colors.PowerNorm(0.5, 0, largest)
-  most = max(max(float(np.abs(x).max()) for x in change), 1e-6)
+  most = max(1e-6, *(float(np.abs(x).max()) for x in change))
   difference = colors.FuncNorm((lambda x: np.sign(x) * np.abs(x) ** 0.5, lambda x: np.sign(x) * x ** 2), -most, most)
   with styled():
     width = TEXT if is_refined else COLUMN

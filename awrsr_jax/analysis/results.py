@@ -169,7 +169,8 @@ def compare_rows(rows: Sequence[Row]) -> tuple[dict[str, dict[str, Any]], list[s
     Row name -> "relative", its interval ("ends"), whether that covers seeds ("covers_seeds"), how many were compared
     ("seeds") and "p_holm", corrected for all rows; and sentences of what could not be compared.
   """
-  base, together, found, left_out = rows[0], {}, {}, []
+  base, found, left_out = rows[0], {}, []
+  together: dict[tuple[int, ...], list[Row]] = {}
   for row in rows[1:]:
     shared = sorted({run.seed for run in base.runs} & {run.seed for run in row.runs})
     if shared:

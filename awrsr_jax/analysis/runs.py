@@ -45,7 +45,7 @@ class Run:
   def seed(self) -> int:
     return self.config["seed"]
 
-  def curve(self, split: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def curve(self, split: str, name: str) -> tuple[np.ndarray, ...]:
     """Returns steps, epochs and values of what metrics.jsonl says of a split ("train", "valid") under a name."""
     lines = [line for line in self.metrics if line["split"] == split and name in line]
     return tuple(np.array([line[key] for line in lines]) for key in ("step", "epoch", name))

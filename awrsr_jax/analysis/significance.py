@@ -261,7 +261,8 @@ def compare(groups: dict[str, list[Run]], metrics: Sequence[str] = METRICS, resa
   ranks, starts_U = read_targets(runs)
   ranks_of = dict(zip(map(id, runs), ranks, strict=True))
   values_UxC = np.empty((len(starts_U), len(metrics) * len(names)))
-  found, by_seed = {metric: {} for metric in metrics}, {}
+  found: dict[str, dict[str, Any]] = {metric: {} for metric in metrics}
+  by_seed = {}
   for column, (metric, name) in enumerate(itertools.product(metrics, names)):
     values_U, seeds = np.zeros(len(starts_U)), []
     for run in groups[name]:

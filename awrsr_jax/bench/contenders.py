@@ -112,8 +112,9 @@ class Peer:
         "batch_size": config.train.batch_size, "eval_batch_size": config.eval.batch_size,
         "learning_rate": config.train.learning_rate, "threads": os.cpu_count(), "seed": config.seed}))
     self._log = (folder / f"{name}.log").open("w+")
-    self._process = subprocess.Popen([make_environment(name, program), program, spec], stdin=subprocess.PIPE,
-                                     stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=folder)
+    command = [make_environment(name, program), program, spec]
+    self._process: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+                                          text=True, cwd=folder)
     ready = self._answer()
     self.name, self.parameters = f"{ready['name']} {ready['version']}", ready["parameters"]
     self.note = ready.get("note", "")
@@ -159,7 +160,7 @@ def make_environment(name: str, program: pathlib.Path) -> pathlib.Path:
   folder = cache_folder() / "peers" / name
   python, done = folder / "bin" / "python", folder / "requirements.txt"
   wanted = next("\n".join(ast.literal_eval(node.value)) for node in ast.parse(program.read_text()).body
-                if isinstance(node, ast.Assign) and node.targets[0].id == "REQUIREMENTS")
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REQUIREMENTS")
   if not done.exists() or done.read_text() != wanted:
     print(f"installing {', '.join(wanted.splitlines())} into {folder}", file=sys.stderr)
     venv.create(folder, clear=True, with_pip=True)

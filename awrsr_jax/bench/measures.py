@@ -55,8 +55,8 @@ def measure_throughput(config: ml_collections.ConfigDict, turns: Turns) -> dict[
     for refine in turns.refinements:
       ours.append(Ours(f"awrsr_jax {refine}", with_values(config, {"model.refine": refine})))
       stack.callback(ours[-1].close)
-    contenders = [*ours, *peers]
-    rounds = {one.name: {"train": [], "evaluate": []} for one in contenders}
+    contenders: list[Ours | Peer] = [*ours, *peers]
+    rounds: dict[str, dict[str, list[Any]]] = {one.name: {"train": [], "evaluate": []} for one in contenders}
     for _ in range(turns.rounds):
       for one in contenders:
         rounds[one.name]["train"].append(one.train(turns.seconds))
@@ -170,12 +170,12 @@ def measure_machine() -> tuple[float, float]:
 
 def measure_memory(config: ml_collections.ConfigDict, turns: Turns) -> dict[str, Any]:
   """Returns what the compiler plans for the gradient of attention as n grows, and of the loss as the catalogue does."""
-  rows = [{"": f"attention, {refine}, {implementation}", "unit": "MiB"} | {
+  rows: list[dict[str, Any]] = [{"": f"attention, {refine}, {implementation}", "unit": "MiB"} | {
       f"n={n}": plan_attention(config, refine, implementation, n) / 2 ** 20 for n in LENGTHS}
       for refine in turns.refinements for implementation in ("fused", "reference")]
   for row in rows:
     row["growth"] = row[f"n={LENGTHS[-1]}"] / row[f"n={LENGTHS[0]}"]
-  losses = [{"": f"full softmax, {name}", "unit": "MiB"} | {
+  losses: list[dict[str, Any]] = [{"": f"full softmax, {name}", "unit": "MiB"} | {
       f"{items:,} items": plan_loss(config, dense, items) / 2 ** 20 for items in CATALOGUES}
       for name, dense in (("in chunks", False), ("dense", True))]
   largest = f"{CATALOGUES[-1]:,} items"
@@ -189,13 +189,14 @@ def plan_attention(config: ml_collections.ConfigDict, refine: str, implementatio
   """Returns the bytes of an attention layer's value and gradient, beside arguments and results."""
   changed = with_values(config, {"model.refine": refine, "data.max_length": length})
   model = changed.model
-  layer = SelfAttention(heads=model.heads, dropout=model.dropout, dtype=jnp.float32,
-                        refinement=build_refinement(model, length), implementation=implementation)
+  layer: Any = SelfAttention(heads=model.heads, dropout=model.dropout, dtype=jnp.float32,
+                             refinement=build_refinement(model, length), implementation=implementation)
   x, real = jax.ShapeDtypeStruct((8, length, model.width), jnp.float32), jax.ShapeDtypeStruct((8, length), bool)
   key = jax.random.key(0)
   params = jax.eval_shape(lambda x, real: layer.init(key, x, x, real, False), x, real)
   loss = lambda params, x, real: jnp.sum(layer.apply(params, x, x, real, True, rngs={"dropout": key}))  # noqa: E731
-  return jax.jit(jax.grad(loss, (0, 1))).lower(params, x, real).compile().memory_analysis().temp_size_in_bytes
+  program = jax.jit(jax.grad(loss, (0, 1)))
+  return memory.plan_of(program.lower(params, x, real).compile()).temp_size_in_bytes
 
 
 def plan_loss(config: ml_collections.ConfigDict, dense: bool, items: int) -> int:
@@ -217,7 +218,7 @@ def plan_loss(config: ml_collections.ConfigDict, dense: bool, items: int) -> int
   chunked = lambda catalogue, hidden, targets: objective.full_softmax(  # noqa: E731
       backbone, mesh, catalogue, hidden, targets)
   program = jax.jit(jax.value_and_grad(whole if dense else chunked, (0, 1)))
-  return program.lower(catalogue, hidden, inputs).compile().memory_analysis().temp_size_in_bytes
+  return memory.plan_of(program.lower(catalogue, hidden, inputs).compile()).temp_size_in_bytes
 
 
 def measure_start(command: list[str]) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def measure_start(command: list[str]) -> dict[str, Any]:
       process = subprocess.Popen([sys.executable, "-m", "awrsr_jax.main", *command, f"--workdir={folder}/{name}"],
                                  stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
       lines = []
-      for line in process.stderr:
+      for line in process.stderr or ():
         lines.append(line)
         if "first step" in line:
           rows.append({"": f"{name} start", "s to the first step": time.perf_counter() - begin})

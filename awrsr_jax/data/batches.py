@@ -233,7 +233,7 @@ class RankingBatches:
     return users_of(self.corpus.offsets, self.targets)
 
   def __len__(self) -> int:
-    return -(-len(self.targets) // self.batch_size)
+    return math.ceil(len(self.targets) / self.batch_size)
 
   def __iter__(self) -> Iterator[Batch]:
     for batch in range(len(self)):

@@ -148,7 +148,7 @@ def number(database: duckdb.DuckDBPyConnection, log: logs.Log, read: dict[str, i
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   user_ids = logs.fetch_ids(database, "users", user_codes)
   item_ids = logs.fetch_ids(database, "items", item_codes)
-  split = _make_split(database, log, offsets, user_ids, data.split)
+  split = _make_split(database, offsets, user_ids, data.split)
   splits.check(split, offsets, user_ids, data.name or log.source)
   numbers = np.zeros(item_codes[-1] + 1, np.int32)
   numbers[item_codes] = np.arange(1, len(item_codes) + 1)
@@ -180,10 +180,11 @@ def training_parts(items: Any, offsets: np.ndarray, split: splits.Split) -> Iter
 
 def count_trained(items: Any, offsets: np.ndarray, split: splits.Split, num_items: int) -> np.ndarray:
   """Returns (I + 1,) int64 how often each item is trained on."""
-  return sum(np.bincount(part, minlength=num_items + 1) for part in training_parts(items, offsets, split))
+  parts = training_parts(items, offsets, split)
+  return sum((np.bincount(part, minlength=num_items + 1) for part in parts), np.zeros(num_items + 1, np.int64))
 
 
-def _make_split(database: duckdb.DuckDBPyConnection, log: logs.Log, offsets: np.ndarray, user_ids: np.ndarray,
+def _make_split(database: duckdb.DuckDBPyConnection, offsets: np.ndarray, user_ids: np.ndarray,
                 wanted: Any) -> splits.Split:
   """Returns the split that `config.data.split` asks for."""
   match wanted.name:
@@ -321,10 +322,10 @@ def check(corpus: Corpus, data: ml_collections.ConfigDict) -> Corpus:
   if corpus.num_items < 2:
     raise ValueError(f"{corpus.name}: {corpus.num_items} item cannot be ranked, at least 2 are needed; set "
                      "--config.data.path to a file with more items, or lower --config.data.k_core")
-  corpus = dataclasses.replace(corpus, description=describe(corpus))
+  description = describe(corpus)
   if data.name in BENCHMARKS and data.split.name == "leave_one_out":
-    _check_benchmark(corpus.description, data.name)
-  return corpus
+    _check_benchmark(description, data.name)
+  return dataclasses.replace(corpus, description=description)
 
 
 def _check_benchmark(description: dict[str, Any], name: str) -> None:

@@ -9,6 +9,7 @@ order of the source. `clean` makes three tables of it, which everything after re
 
 import dataclasses
 import datetime
+import itertools
 import logging
 import math
 import os
@@ -223,7 +224,7 @@ def _time_value(database: duckdb.DuckDBPyConnection, kind: str) -> str:
 
 def _complain(log: Log, row: int, min_rating: float | None) -> str:
   """Returns what is wrong with a bad row."""
-  names = [name for name in ("user", "item", "time") if name in log.columns()]
+  names: list[str] = [name for name in ("user", "item", "time") if name in log.columns()]
   names += ["rating"] if min_rating is not None else []
   shown = ", ".join(f'"{name}"::VARCHAR' for name in names)
   values = log.database.execute(f"SELECT {shown} FROM raw WHERE rowid = $row", {"row": row}).fetchone()
@@ -262,7 +263,7 @@ def _check_times(log: Log, is_date: bool) -> None:
   groups = log.database.execute(f"SELECT {group} AS unit, count(*), min(time), max(time), arg_min(row, time) "
                                 "FROM coded GROUP BY unit ORDER BY unit").fetchall()
   total = sum(count for _, count, *_ in groups)
-  for before, after in zip(groups[:-1], groups[1:], strict=True):
+  for before, after in itertools.pairwise(groups):
     if not is_date and after[2] > FAR * max(abs(before[2]), abs(before[3])):
       rare = min(before, after, key=lambda found: found[1])
       raise ValueError(f"{log.locate(rare[4])}: {rare[1]} of {total} times lie between {rare[2]} and {rare[3]}, far "

@@ -141,7 +141,7 @@ def _prepare(data: ml_collections.ConfigDict, folder: pathlib.Path, memory: int)
   shutil.rmtree(work)
   _write_ids(folder, corpus)
   with (folder / "split.npz").open("wb") as file:
-    np.savez(file, lengths=corpus.lengths, train_ends=corpus.split.train_ends, **corpus.split.targets)
+    np.savez(file, lengths=corpus.lengths, train_ends=corpus.split.train_ends, **corpus.split.targets)  # type: ignore[arg-type]
   _write_tfds(folder, corpus, list(shards.values()))
   files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())
            if path.name != ".lock"}

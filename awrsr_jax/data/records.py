@@ -97,7 +97,7 @@ class Records:
 
   def _reader(self, shard: int) -> Any:
     from array_record.python import array_record_module
-    readers = self._of_thread.__dict__
+    readers = self._of_thread.__dict__.setdefault("readers", {})
     if shard not in readers:
       path = str(self._folder / self._shards[shard])
       try:

@@ -261,7 +261,7 @@ def hash_arrays(tree: Any) -> str:
   digest = hashlib.sha256()
   for name in sorted(named):
     for piece in pieces(named[name]):
-      digest.update(np.ascontiguousarray(piece, piece.dtype.newbyteorder("<")))
+      digest.update(np.ascontiguousarray(piece, piece.dtype.newbyteorder("<")))  # type: ignore[arg-type]
   return digest.hexdigest()
 
 

@@ -24,12 +24,12 @@ def watching() -> Iterator[Compiled]:
   """Yields a record that grows while the context lasts; programs compiled side by side add up."""
   record = Compiled()
 
-  def note_program(event: str, seconds: float, **_: str) -> None:
+  def note_program(event: str, duration_secs: float, **_: str | int) -> None:
     if event == COMPILED:
-      record.seconds += seconds
+      record.seconds += duration_secs
       record.programs += 1
 
-  def note_fetch(event: str, **_: str) -> None:
+  def note_fetch(event: str, **_: str | int) -> None:
     record.from_cache += event == FETCHED
 
   jax.monitoring.register_event_duration_secs_listener(note_program)

@@ -57,16 +57,24 @@ def plan(config: Any, num_items: int, mesh: Mesh) -> dict[str, Any]:
 
 def count_bytes(program: jax.stages.Compiled) -> int:
   """Returns what a compiled program takes on a device: arguments, results and everything between."""
-  stats = program.memory_analysis()
+  stats = plan_of(program)
   return (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
           + stats.temp_size_in_bytes)
+
+
+def plan_of(program: jax.stages.Compiled) -> Any:
+  """Returns XLA's memory plan of a compiled program. Raises ValueError where a backend does not tell it."""
+  plan = program.memory_analysis()
+  if plan is None:
+    raise ValueError(f"XLA does not tell what memory a program takes on {jax.default_backend()}")
+  return plan
 
 
 def largest_arrays(program: jax.stages.Compiled) -> dict[str, int]:
   """Returns the largest arrays that a compiled program makes on a device, as type and shape, with their bytes."""
   bits = {"pred": 8, "bf16": 16, **{f"{kind}{size}": size for kind in "fsu" for size in (8, 16, 32, 64)}}
   found, fused = {}, False
-  for line in program.as_text().splitlines():
+  for line in (program.as_text() or "").splitlines():
     if line.endswith("{"):  # a computation begins; what is inside a fused one is never stored
       fused = "fused" in line.split("(")[0]
     made = re.search(r"= (\w+)\[([\d,]+)\]\S* (?!parameter|get-tuple-element|bitcast)", line)

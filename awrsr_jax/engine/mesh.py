@@ -105,7 +105,7 @@ def to_global(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
   def place(rows: np.ndarray) -> jax.Array:
     size = len(rows) // len(parts)
 
-    def take(index: tuple[slice, ...]) -> np.ndarray:
+    def take(index: Any) -> np.ndarray:
       at = parts.index((index[0].start or 0) // size)
       return rows[at * size:(at + 1) * size]
 
@@ -136,7 +136,7 @@ def pieces(x: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
   if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
     yield np.asarray(x)
     return
-  mesh, words = x.sharding.mesh, PartitionSpec("model")
+  mesh, words = x.sharding.mesh, PartitionSpec("model")  # type: ignore[attr-defined]
 
   def send(rows: jax.Array, owner: jax.Array) -> jax.Array:  # as integers: adding 0 must not change -0.0
     rows = jax.lax.bitcast_convert_type(rows, jnp.int32)

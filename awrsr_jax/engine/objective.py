@@ -35,13 +35,13 @@ def objective(backbone: nn.Module, mesh: Mesh, params: Any, batch: dict[str, Any
   """
   inputs, targets = (jax.tree.leaves(batch[name]) for name in ("inputs", "targets"))
   of_bucket = lambda purpose, index: jax.random.fold_in(keys[purpose], index)  # noqa: E731
-  bound = lambda method, *args: backbone.apply({"params": params}, *args, method=method)  # noqa: E731
+  bound: Callable[..., Any] = lambda method, *args: backbone.apply({"params": params}, *args, method=method)  # noqa: E731
   hidden = [backbone.apply({"params": params}, inputs_BxL, True, method="encode",
                            rngs={"dropout": of_bucket("dropout", index)}) for index, inputs_BxL in enumerate(inputs)]
   if loss.name in PER_POSITION:
     total = sum(jnp.sum(contrast(bound, loss, backbone.num_items, of_bucket("negatives", index), *rows))
                 for index, rows in enumerate(zip(inputs, targets, hidden, strict=True)))
-    return total, sum(map(count_real, targets))
+    return total, sum(map(count_real, targets))  # type: ignore[return-value]
   hidden_BxL, targets_BxL = join(mesh, hidden), join(mesh, targets)  # all meet the same items
   if loss.name == "softmax":
     return full_softmax(backbone, mesh, bound("catalogue"), hidden_BxL, targets_BxL), count_real(targets_BxL)

@@ -5,6 +5,7 @@ wrong stops all of them; what they decide from their own clock or signals they d
 """
 
 import contextlib
+import functools
 import glob
 import importlib.util
 import json
@@ -44,7 +45,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
   if missing and len(missing) < len(given):
     raise ValueError(f"{', '.join(missing)} missing: a process of a run needs all of {', '.join(given)}, "
                      "or none where SLURM or a Cloud TPU VM says them")
-  if not missing:
+  if coordinator_address is not None and num_processes is not None and process_id is not None:
     if not 0 <= process_id < num_processes:
       raise ValueError(f"--process_id={process_id} must be at least 0 and below --num_processes={num_processes}")
     if not coordinator_address.rpartition(":")[2].isdigit():
@@ -52,7 +53,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
   # JAX's own preemption service wants a counter that only grows, and Orbax sets it back from a thread, to older steps:
   # a notice at that moment would be for a step that never comes. The train step carries the notice instead.
   jax.config.update("jax_enable_preemption_service", False)
-  join = lambda *who: jax.distributed.initialize(*who, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)  # noqa: E731
+  join = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
   if not missing:
     join(coordinator_address, num_processes, process_id)
   elif "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:

@@ -19,6 +19,7 @@ from awrsr_jax.data.batches import RankingBatches
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.feed import Feed, build_rows, place_rows
 from awrsr_jax.engine.mesh import stop_flags, to_global
+from awrsr_jax.model.backbones import encode_newest
 from awrsr_jax.model.hidden import Hidden, hide_other_rows
 
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
@@ -118,13 +119,13 @@ def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, targ
                           candidates_BxC: jax.Array) -> jax.Array:
   """Ranks each target among its own candidates. Returns (B,) float32, NaN where a score was NaN."""
   items = jnp.concatenate([target_B[:, None], candidates_BxC], axis=1)
-  scores = backbone.apply({"params": params}, hidden, items, method="score")
+  scores: Any = backbone.apply({"params": params}, hidden, items, method="score")
   target, others = scores[:, :1], scores[:, 1:]
   rank = 1 + jnp.sum(others > target, axis=1) + jnp.sum(others == target, axis=1) / 2
   return jnp.where(jnp.any(jnp.isnan(scores), axis=1), jnp.nan, rank)
 
 
-def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> Callable:
+def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> jax.stages.Wrapped:
   """Returns the jitted (params, feed, lengths=None) -> ((B,) ranks, whether to stop), whole on all devices.
 
   The feed is a ranking batch; or, where `lengths` (S, L) are given (static), row `index` of the users of a split and
@@ -132,7 +133,7 @@ def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> Callabl
   """
   def rank_step(params: Any, feed: Feed, lengths: tuple[int, int] | None = None) -> tuple[jax.Array, jax.Array]:
     batch = feed if lengths is None else _build_batch(feed, *lengths, mesh)
-    hidden = backbone.apply({"params": params}, batch["inputs"], newest=True, method="encode").newest()
+    hidden = encode_newest(backbone, params, batch["inputs"])
     if "candidates" in batch:
       ranks = rank_among_candidates(backbone, params, hidden, batch["target"], batch["candidates"])
     else:
@@ -175,7 +176,8 @@ def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: 
     Preempted: a process was told to stop.
     FloatingPointError: a score was NaN.
   """
-  ranks, pending = [], collections.deque()
+  ranks = []
+  pending: collections.deque[tuple[jax.Array, jax.Array]] = collections.deque()
 
   def read_oldest() -> None:
     rank_B, stop = pending.popleft()

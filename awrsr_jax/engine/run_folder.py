@@ -88,6 +88,7 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir") -> TextIO:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+      lock.close()
       raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another "
                        "folder") from error
   return lock
@@ -236,7 +237,8 @@ class MetricsWriter:
     if self._events is not None:
       for name, value in values.items():
         self._events.add_scalar(f"{split}/{name}", value, step)
-    shown = {name: f"{values[name]:.4g}" for name in ("loss", "ndcg@10", "interactions_per_sec") if name in values}
+    shown: dict[str, str] = {
+        name: f"{values[name]:.4g}" for name in ("loss", "ndcg@10", "interactions_per_sec") if name in values}
     if self._bar is not None:
       self._shown |= shown
       self._bar.set_postfix(self._shown)
@@ -252,7 +254,8 @@ class MetricsWriter:
       return
     self._file.flush()
     os.fsync(self._file.fileno())
-    self._events.flush()
+    if self._events is not None:
+      self._events.flush()
 
   def close(self) -> None:
     """Closes files and bar."""

@@ -1,6 +1,5 @@
 """What training carries from step to step, and the keys it draws: all functions of (seed, purpose, step)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,7 +115,8 @@ def empty_window() -> Window:
   return Window(*(jnp.zeros((), jnp.float32) for _ in range(4)))
 
 
-def make_init(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> Callable:
+def make_init(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int,
+              mesh: Mesh) -> jax.stages.Wrapped:
   """Returns the jitted () -> TrainState that creates each part of the state where it will live."""
   def init() -> TrainState:
     inputs = jnp.zeros((1, backbone.max_length), jnp.int32)

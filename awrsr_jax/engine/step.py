@@ -83,7 +83,7 @@ def accumulate(grad: Callable, params: Any, batch: dict[str, jax.Array], keys: d
 
 
 def make_train_step(backbone: nn.Module, mesh: Mesh, optimizer: optax.GradientTransformation, config: Any,
-                    targets_per_step: float) -> Callable:
+                    targets_per_step: float) -> jax.stages.Wrapped:
   """Returns the jitted (state, feed, cumulative, lengths=()) -> (state, Report); the old state is given up.
 
   The feed is a batch; or, where the `lengths` of buckets are given (static), an epoch that lives on the devices, see

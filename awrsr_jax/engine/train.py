@@ -49,7 +49,7 @@ class Job:
   ranking: dict[str, data_batches.RankingBatches]
   items: jax.Array | None  # the corpus on the devices, where it lives there
   cumulative: jax.Array  # (I,) int32, training interactions with items 1 to i, on the devices
-  train_step: Callable
+  train_step: jax.stages.Wrapped
   rank_step: Callable
 
   @property
@@ -84,7 +84,7 @@ def make_job(config: Any, table: Any = None) -> Job:
   with processes.together():
     config = finalize(config)
     mesh = meshes.make_mesh(config.mesh)
-    meshes.check_config(*mesh.devices.shape, config)
+    meshes.check_config(mesh.shape["data"], mesh.shape["model"], config)
     corpus = prepared.load(config.data, table)
     parts = meshes.local_parts(mesh)
     batches = data_batches.training_batches(corpus, config, parts)
@@ -240,7 +240,7 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
 class Line:
   """The training line of metrics.jsonl: takes device values after a step, reads them one step later."""
 
-  def __init__(self, job: Job, writer: run_folder.MetricsWriter):
+  def __init__(self, job: Job, writer: run_folder.MetricsWriter | run_folder.NoWriter):
     self._job, self._writer = job, writer
     self._schedule = make_schedule(job.config.train, job.total_steps)
     self._waiting: tuple[int, Report] | None = None

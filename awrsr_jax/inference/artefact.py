@@ -42,6 +42,7 @@ from awrsr_jax.inference import standalone
 from awrsr_jax.inference.standalone import Id
 from awrsr_jax.inference.top import Top, take_top
 from awrsr_jax.inference.trained import Trained, load
+from awrsr_jax.model.backbones import encode_newest
 from awrsr_jax.model.hidden import table_rows
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -91,7 +92,7 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], k: int 
   try:
     partial.mkdir(parents=True)
     manifest = write_folder(partial, trained, k, program)
-    parity = measure_parity(trained, partial, k, where) if check else None
+    parity = measure_parity(trained, partial, k, where) if where else None
     try:
       os.rename(partial, out)  # fails where someone else has filled the folder by now
     except OSError as error:
@@ -149,9 +150,9 @@ def export_program(trained: Trained, k: int, platforms: Sequence[str]) -> jax_ex
 
   def recommend(params: dict[str, jax.Array], inputs_Bxn: jax.Array, excluded_BxS: jax.Array,
                 allowed_V: jax.Array) -> Top:
-    variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
-    hidden = backbone.apply(variables, inputs_Bxn, newest=True, method="encode").newest()
-    return take_top(backbone.score_rows, hidden, backbone.apply(variables, method="catalogue"), 0, backbone.num_items,
+    params = traverse_util.unflatten_dict(params, sep="/")
+    catalogue = backbone.apply({"params": params}, method="catalogue")
+    return take_top(backbone.score_rows, encode_newest(backbone, params, inputs_Bxn), catalogue, 0, backbone.num_items,
                     excluded_BxS, allowed_V, k, config.eval.block_items)
 
   batch, width = jax_export.symbolic_shape("b, s")
@@ -170,7 +171,7 @@ def write_folder(folder: pathlib.Path, trained: Trained, k: int, program: jax_ex
   """Fills an empty folder, manifest.json last. Returns its content."""
   (folder / "model.stablehlo").write_bytes(program.serialize())
   with (folder / "params.npz").open("wb") as file:
-    np.savez(file, **{name: np.asarray(x) for name, x in name_params(trained.params).items()})
+    np.savez(file, **{name: np.asarray(x) for name, x in name_params(trained.params).items()})  # type: ignore[arg-type]
   item_ids, titles = trained.catalogue.item_ids, trained.catalogue.titles
   items = {"ids": item_ids, "titles": titles if any(titles) else None}
   (folder / "items.json").write_text(json.dumps(items, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from awrsr_jax.model.backbones import attention_maps
+from awrsr_jax.model.backbones import attention_maps, encode_newest
 
 CHUNK = 16  # histories scored against the whole catalogue at a time
 
@@ -42,8 +42,9 @@ def make_layers_step(backbone: nn.Module) -> Callable:
 def make_log_p_step(backbone: nn.Module) -> Callable:
   """Returns the jitted (params, inputs_CxL, items_k) -> (C, k) log p(item | history), over the whole catalogue."""
   def log_p(params: Any, inputs_CxL: jax.Array, items_k: jax.Array) -> jax.Array:
-    hidden = backbone.apply({"params": params}, inputs_CxL, newest=True, method="encode").newest()
-    return jax.nn.log_softmax(backbone.apply({"params": params}, hidden, method="score_all"))[:, items_k]
+    hidden = encode_newest(backbone, params, inputs_CxL)
+    scores: Any = backbone.apply({"params": params}, hidden, method="score_all")
+    return jax.nn.log_softmax(scores)[:, items_k]
   return jax.jit(log_p)
 
 

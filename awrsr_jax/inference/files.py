@@ -235,7 +235,7 @@ def _to_json(trained: Trained, histories: Histories, found: list[Any], job: Job)
   has_titles = any(titles)
   for user, numbers, unknown, (scores, items) in zip(
       histories.users, histories.numbered, histories.unknown, found, strict=True):
-    line = {} if user is None else {"user": user}
+    line: dict[str, Any] = {} if user is None else {"user": user}
     places = (items - 1).tolist()
     line["items"] = [item_ids[at] for at in places]
     line["scores"] = _digits(scores).astype(np.float64).tolist()
@@ -292,7 +292,7 @@ def _to_table(trained: Trained, histories: Histories, found: list[Any], number: 
   users = [number * PART + row if user is None else user for row, user in enumerate(histories.users, start=1)]
   scores, items = (np.concatenate(column) for column in zip(*found, strict=True))
   item_ids, titles, places = trained.catalogue.item_ids, trained.catalogue.titles, (items - 1).tolist()
-  table = {"user": [user for user, (_, given) in zip(users, found, strict=True) for _ in given],
+  table: dict[str, Any] = {"user": [user for user, (_, given) in zip(users, found, strict=True) for _ in given],
            "rank": np.concatenate([np.arange(1, len(given) + 1, dtype=np.int32) for _, given in found]),
            "item": [item_ids[at] for at in places],
            "score": scores if form == "parquet" else _digits(scores),

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import duckdb
@@ -57,16 +57,16 @@ class Histories:
     unknown: the raw ids of unknown items of each.
   """
 
-  users: list[Id | None]
+  users: Sequence[Id | None]
   numbered: list[np.ndarray]
-  unknown: list[list[Id]]
+  unknown: Sequence[Sequence[Id]]
 
   def __len__(self) -> int:
     return len(self.users)
 
 
 def read_histories(path: str, trained: Trained, size: int, first: int = 0,
-                   columns: dict[str, str] | None = None) -> Iterator[Histories]:
+                   columns: dict[str, str] | None = None) -> Generator[Histories]:
   """Yields the histories of a source in pieces of `size`, from history `first` on.
 
   A log is read as in training: columns, bad rows, ratings and duplicates as the config of the run says, but for k-core
@@ -173,7 +173,8 @@ def _read_lines(files: list[str], first: int, names: list[str]) -> Iterator[Row]
       row = json.loads(line)
     except (ValueError, RecursionError) as error:
       raise ValueError(f"{file}:{number}: {shorten(line)} is no JSON ({error}); {FORM}") from error
-    user, items = None, row
+    user: Any = None
+    items: Any = row
     if isinstance(row, dict):
       user, items = next((row[name] for name in names if name in row), None), row.get("items")
       if len(names) == 1 and names[0] not in row:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from awrsr_jax.model.backbones import encode_newest
 from awrsr_jax.model.hidden import Hidden, hide_other_rows
 
 Top = tuple[jax.Array, jax.Array]  # (B, k) scores, largest first, and (B, k) item numbers
@@ -72,7 +73,7 @@ def merge(first: Top, second: Top, k: int) -> Top:
 def make_top_step(backbone: nn.Module, mesh: Mesh, k: int, block_items: int) -> Callable[..., Top]:
   """Returns the jitted (params, inputs_BxL, excluded_BxS, allowed_V) -> Top; histories are split over "data"."""
   def top_step(params: Any, inputs_BxL: jax.Array, excluded_BxS: jax.Array, allowed_V: jax.Array) -> Top:
-    hidden = backbone.apply({"params": params}, inputs_BxL, newest=True, method="encode").newest()
+    hidden = encode_newest(backbone, params, inputs_BxL)
     return top_among_all(backbone, mesh, backbone.score_rows, params, hidden, excluded_BxS, allowed_V, k, block_items)
   return jax.jit(top_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -80,7 +81,7 @@ def make_top_step(backbone: nn.Module, mesh: Mesh, k: int, block_items: int) -> 
 def make_similar_step(backbone: nn.Module, mesh: Mesh, k: int, block_items: int) -> Callable[..., Top]:
   """Returns the jitted (params, item_B, excluded_BxS, allowed_V) -> Top: the items most similar to each item."""
   def similar_step(params: Any, item_B: jax.Array, excluded_BxS: jax.Array, allowed_V: jax.Array) -> Top:
-    hidden = backbone.apply({"params": params}, item_B, method="items")
+    hidden: Any = backbone.apply({"params": params}, item_B, method="items")
     return top_among_all(backbone, mesh, backbone.compare_rows, params, hidden, excluded_BxS, allowed_V, k, block_items)
   return jax.jit(similar_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -91,8 +92,8 @@ def top_among_all(backbone: nn.Module, mesh: Mesh, score_rows: Callable[[Hidden,
   def of_device(catalogue: Any, allowed: jax.Array, hidden: Hidden, excluded: jax.Array) -> Top:
     first_row = jax.lax.axis_index("model") * len(allowed)
     best = take_top(score_rows, hidden, catalogue, first_row, backbone.num_items, excluded, allowed, k, block_items)
-    gathered = [jax.lax.all_gather(x, "model", axis=1, tiled=True) for x in best]
-    return best if mesh.shape["model"] == 1 else merge(tuple(x[:, :0] for x in best), tuple(gathered), k)
+    gathered = jax.lax.all_gather(best, "model", axis=1, tiled=True)
+    return best if mesh.shape["model"] == 1 else merge(jax.tree.map(lambda x: x[:, :0], best), gathered, k)
 
   users, table = PartitionSpec("data"), PartitionSpec("model")
   find = jax.shard_map(of_device, mesh=mesh, in_specs=(table, table, users, users), out_specs=users, check_vma=False)

@@ -203,7 +203,7 @@ class Trained:
     scores, items = np.full((len(numbered), k), -np.inf, np.float32), np.zeros((len(numbered), k), np.int32)
     lengths = np.array([len(numbers) for numbers in numbered], np.int64)
     order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0):]
-    pending = collections.deque()
+    pending: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
 
     def read_oldest() -> None:
       rows, found = pending.popleft()

@@ -92,7 +92,7 @@ def attend_in_blocks(q_HxBxQxE: jax.Array, k_HxBxLxE: jax.Array, real_BxL: jax.A
   blocks = -(-count // BLOCK)
   size, per_stair = -(-count // blocks), -(-blocks // STAIRS)
 
-  def block(keys: int, q_HxBxbxE: jax.Array, first: jax.Array) -> Any:
+  def block(keys: int, q_HxBxbxE: jax.Array, first: int | jax.Array) -> Any:
     rows = older + first + jnp.arange(size)
     mask = (real_BxL[:, None, :keys] & (jnp.arange(keys)[None] <= rows[:, None])[None])[None]
     scores = jnp.einsum("hbie,hbje->hbij", q_HxBxbxE, k_HxBxLxE[:, :, :keys], precision=precision,

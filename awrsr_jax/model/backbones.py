@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from awrsr_jax.config import default, finalize
+from awrsr_jax.model.hidden import Hidden
 from awrsr_jax.model.sasrec import SASRec
 from awrsr_jax.model.stosa import STOSA
 
@@ -27,6 +28,12 @@ BACKBONES = {"sasrec": SASRec, "stosa": STOSA}
 def build_backbone(config: Any, num_items: int) -> nn.Module:
   """Returns the backbone that a finalized config names, for items 1 to num_items."""
   return BACKBONES[config.model.backbone](config.model, config.data.max_length, num_items)
+
+
+def encode_newest(backbone: nn.Module, params: Any, inputs_BxL: jax.Array) -> Hidden:
+  """Returns what the backbone knows after whole histories, (B, D)."""
+  hidden: Any = backbone.apply({"params": params}, inputs_BxL, newest=True, method="encode")
+  return hidden.newest()
 
 
 def attention_maps(backbone: nn.Module, params: Any, inputs_BxL: jax.Array) -> list[dict[str, jax.Array]]:

@@ -4,6 +4,7 @@ A few integer operations an entry, where a random generator takes many more; the
 whether an array is made as a whole or in blocks, which is what lets attention drop weights that it never stores.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -32,7 +33,7 @@ class Drop:
 
   def again(self, number: int) -> "Drop":
     """Returns a Drop with a key of its own, from 1; number 0 is this one."""
-    return self.replace(words=scramble(self.words + jnp.uint32(number))) if number else self
+    return dataclasses.replace(self, words=scramble(self.words + jnp.uint32(number))) if number else self
 
 
 def scramble(x: jax.Array) -> jax.Array:

@@ -32,7 +32,8 @@ PRESETS = {
 }
 
 # correlation -> the slot tables of one order
-ROLES = {"dot": ("query", "key"), "wasserstein": ("query_mean", "query_cov", "key_mean", "key_cov")}
+ROLES: dict[str | None, tuple[str, ...]] = {
+    "dot": ("query", "key"), "wasserstein": ("query_mean", "query_cov", "key_mean", "key_cov")}
 
 
 class Refinement(nn.Module):

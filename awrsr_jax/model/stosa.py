@@ -66,9 +66,9 @@ class GaussianSelfAttention(nn.Module):
                                               causal_mask(real_BxL)[:, :, -mean_q.shape[1]:], drop)
       kept, squares = (x[:, :, -1 if newest else 0:] for x in (kept, square(kept, weights)))
       mean, cov = attend(kept, mean_v), attend(squares, cov_v)
-    outs = tuple(dense(f"out_{stream}", out.reshape(*out.shape[:2], width)) for stream, out in
+    mean, cov = (dense(f"out_{stream}", out.reshape(*out.shape[:2], width)) for stream, out in
                  (("mean", mean), ("cov", cov)))
-    return tuple(dropout(self, out, self.dropout_out, train) for out in outs)
+    return dropout(self, mean, self.dropout_out, train), dropout(self, cov, self.dropout_out, train)
 
 
 def gaussian_norm(faithful: bool, name: str | None = None) -> nn.LayerNorm:
@@ -198,8 +198,9 @@ class STOSA(Backbone):
     """
     candidates = self.items(items)
     if items.ndim == 1:
-      return minus_distances(hidden, candidates.mean, candidates.cov)
-    return -wasserstein(hidden.mean[..., None, :], hidden.cov[..., None, :], candidates.mean, candidates.cov)
+      return minus_distances(hidden, candidates.mean, candidates.cov)  # type: ignore[arg-type]
+    return -wasserstein(hidden.mean[..., None, :], hidden.cov[..., None, :],  # type: ignore[index]
+                        candidates.mean, candidates.cov)  # type: ignore[arg-type]
 
   def catalogue(self) -> dict[str, jax.Array]:
     """Returns both item tables (V, D), as they are stored."""
