@@ -17,9 +17,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "beauty"
   config.data.max_length = 50
   config.data.buckets = 6
+  config.model.width = 128
+  config.model.ffn_width = 128
   config.model.norm = "query"
+  config.model.cosine = 20.0
   config.model.dropout = 0.6
-  config.train.epochs = 60
+  config.train.epochs = 40
   config.train.batch_size = 512
-  config.eval.every_epochs = 5
+  config.train.average = 0.997
+  config.eval.every_epochs = 4
   return config

@@ -19,10 +19,19 @@ ROWS = NONE | VALUE | {
     "additive on scores": {"model.refine": "additive", "model.awr.additive_on": "scores"},
 }
 
+BASE = "awrsr_jax/config.py"  # where a table states all that it wants
+ON_BEAUTY = {"data.name": "beauty", "data.buckets": 6, "model.norm": "query"}
 # Optimizer, norm and dropout are those of the published SASRec on Amazon data (Kang and McAuley, 2018).
-PUBLISHED_SASREC = {"model.norm": "query", "model.dropout": 0.5, "loss.num_negatives": 1, "train.learning_rate": 1e-3,
-                    "train.batch_size": 128, "train.epochs": 200, "train.schedule": "constant",
-                    "eval.every_epochs": 10}
+PUBLISHED_SASREC = ON_BEAUTY | {"model.dropout": 0.5, "loss.num_negatives": 1, "train.epochs": 200,
+                                "eval.every_epochs": 10}
+# configs/beauty.py is these; a row of "C recipe" leaves one of them out.
+RECIPE = {"model.cosine": 20.0, "train.average": 0.997, "model.width": 128, "model.ffn_width": 128}
+WITHOUT = {
+    "dot products": ["model.cosine"],
+    "no averages": ["train.average"],
+    "width 64": ["model.width", "model.ffn_width"],
+    "none of the three": list(RECIPE),
+}
 
 STOSA_ON_BEAUTY = Anchor("STOSA", {"test ndcg@10": 0.0422, "test hr@10": 0.0724}, "RecBoard, 5 seeds")
 
@@ -39,7 +48,7 @@ def get_grid() -> list[Table | Cost]:
   return [
       *(Table(f"A {loss}", f"The paper's setting on Beauty: SASRec, {loss.upper()} with one negative",
               "Does refinement help where the paper says so? The recipe is that of the published SASRec.",
-              "configs/beauty.py", PAPER, PUBLISHED_SASREC | {"loss.name": loss}, BEAUTY, anchors=[
+              BASE, PAPER, PUBLISHED_SASREC | {"loss.name": loss}, BEAUTY, anchors=[
                   Anchor(f"SASRec {loss.upper()}", values, "CE-SCE-LLMRec logs, 5 seeds")]) for loss, values in (
                       ("bpr", {"test ndcg@10": 0.0374, "test hr@10": 0.0688}),
                       ("bce", {"test ndcg@10": 0.0353, "test hr@10": 0.0671}))),
@@ -64,6 +73,12 @@ def get_grid() -> list[Table | Cost]:
             "configs/ml1m.py", ROWS, {}, ML1M, anchors=[
                 Anchor("SASRec, softmax over 3,000 negatives", {"test ndcg@10": 0.1857}, "antklen README"),
                 Anchor("HSTU-large", {"test ndcg@10": 0.1893}, "HSTU README, its own order of ties")]),
+      Table("C recipe", "Ablation on Beauty: the recipe", "What is each part of the recipe worth to a plain SASRec?",
+            BASE, {"the recipe": NONE["none"] | RECIPE} | {
+                name: NONE["none"] | {key: value for key, value in RECIPE.items() if key not in left_out}
+                for name, left_out in WITHOUT.items()},
+            ON_BEAUTY | {"model.dropout": 0.6, "train.epochs": 40, "train.batch_size": 512, "eval.every_epochs": 4},
+            BEAUTY, seeds=(0, 1)),
       Table("C refinement", "Ablation on Beauty: the refinement itself",
             "Which part of value refinement matters? The recipe is that of B; rank 64, order 1 and dot products unless "
             "a row says otherwise.", "configs/beauty.py", NONE | {
