@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from awrsr_jax.command import keep_compiled, parse_flags
 from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared
-from awrsr_jax.engine import memory, processes
+from awrsr_jax.engine import memory, processes, run_folder
 from awrsr_jax.engine.mesh import check_config, make_mesh
 from awrsr_jax.engine.train import train
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
   if flags.FLAGS.verbosity <= 0:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a page about every checkpoint
+    logging.getLogger("absl").addFilter(lambda told: not told.exc_info)  # and of every error that it raises as well
   keep_compiled()
   try:
     if DRY_RUN.value:
@@ -57,6 +58,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"another process of this run is gone ({error}). Start all of them again: the same command goes on from the "
           "newest checkpoint", file=sys.stderr, flush=True)
     os._exit(processes.TRY_AGAIN)  # a regular exit would wait for the process that is gone
+  except run_folder.DiskFull as error:
+    print(f"DiskFull: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # a regular exit would write what is still open, and fail again
   except (ValueError, FloatingPointError) as error:
     if flags.FLAGS.verbosity > 0:
       traceback.print_exc()

@@ -3,12 +3,15 @@ set -euo pipefail
 
 if [[ ${1:-} == --help ]]; then
   cat <<'END'
-Usage: bash launch/test.sh [flags of pytest]
+Usage: bash launch/test.sh [--faults] [flags of pytest]
 
 Makes .venv at the top level of the repository, installs requirements.txt into it (only when that has changed), and
 runs the tests there:
   .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder   all, two files at a time
   .venv/bin/python -m pytest -q [flags]    with flags
+  .venv/bin/python -m pytest -q -m faults tests/faults [flags]    with --faults: the long part of tests/faults, which
+kills real runs at some hundred moments and damages every file (about an hour on two idle cores; as root, on Linux, for
+the full disks). With AWRSR_FAULTS_LOG=FILE each of these tests notes what it did, see docs/reliability.py.
 
 Paths count from the top level, whatever the current directory.
 
@@ -24,5 +27,6 @@ fi
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+if [[ ${1:-} == --faults ]]; then set -- -m faults tests/faults "${@:2}"; fi
 if [[ $# == 0 ]]; then set -- -n 2 --dist loadfile --no-loadscope-reorder; fi
 exec .venv/bin/python -m pytest -q "$@"

@@ -243,6 +243,11 @@ def change_schema(folder):
   record_file(folder).write_text(json.dumps(content))
 
 
+def drop_content(folder):
+  """A bit of a key's name."""
+  record_file(folder).write_text(record_file(folder).read_text().replace('"content"', '"contenu"', 1))
+
+
 def delete_item(name):
   return lambda folder: shutil.rmtree(folder / name)
 
@@ -250,7 +255,7 @@ def delete_item(name):
 DAMAGES = {
     "flip_early": flip(0.2), "flip_middle": flip(0.5), "flip_late": flip(0.8), "truncate": truncate, "delete": delete,
     "garbage_record": write_garbage, "changed_record": change_record, "changed_checksum": change_checksum,
-    "dropped_checksum": drop_checksum, "other_schema": change_schema,
+    "dropped_checksum": drop_checksum, "no_content": drop_content,
     "no_state": delete_item("state"), "no_record": delete_item("record"),
 }
 
@@ -264,6 +269,14 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_used(wo
   assert "checkpoint 6 of" in caplog.text and "is damaged and is not used" in caplog.text
   assert os.listdir(workdir / "checkpoints") == ["3"]
   assert os.listdir(workdir / "checkpoints_damaged") == ["6"]
+
+
+def test_a_checkpoint_of_another_schema_is_refused_and_stays_where_it_is(workdir):
+  change_schema(workdir / "checkpoints" / "6")
+  with pytest.raises(ValueError, match="checkpoint 6 of .* is of another version of this package: its schema is 3, .*"
+                                       "Finish the run with the version that began it"):
+    restore(workdir)
+  assert sorted(os.listdir(workdir / "checkpoints")) == ["3", "6"] and not (workdir / "checkpoints_damaged").exists()
 
 
 def test_a_flipped_bit_that_is_read_without_complaint_is_found_by_the_checksum_of_its_array(tmp_path, caplog):
@@ -307,8 +320,9 @@ def test_the_step_can_be_saved_again_by_the_manager_that_found_the_damage(workdi
 def test_when_all_are_damaged_the_run_says_so_and_deletes_nothing(workdir):
   for step in (3, 6):
     truncate(workdir / "checkpoints" / str(step))
-  with pytest.raises(ValueError, match=r"none of the checkpoints \[6, 3\] in .* can be restored"):
-    restore(workdir)
+  for _ in range(2):  # the second time there are none left, and the run must not begin anew
+    with pytest.raises(ValueError, match=r"none of the checkpoints in .* can be restored: all were damaged"):
+      restore(workdir)
   assert sorted(os.listdir(workdir / "checkpoints_damaged")) == ["3", "6"]
 
 

@@ -23,7 +23,7 @@ RUNS = """
 import pathlib, sys, jax
 jax.config.update("jax_num_cpu_devices", 4)
 import tiny_config
-from resume_test import read_lines, read_result
+from faults.runs import read_lines, read_result
 from awrsr_jax.data import prepared
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.train import train

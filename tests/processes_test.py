@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from resume_test import read_lines, read_result
+from faults.runs import read_lines, read_result
 
 from awrsr_jax.engine import processes
 

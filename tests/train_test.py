@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from awrsr_jax.config import finalize
 from awrsr_jax.engine import checkpoint, processes, ranking, run_folder
 from awrsr_jax.engine import train as training
 from awrsr_jax.engine.state import init_state
@@ -146,7 +147,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkp
   train(small_config, tmp_path)
   small_config.train.epochs = 30
   small_config.train.learning_rate = 1e30
-  (tmp_path / "config.json").unlink()  # the same run folder, now under a config that blows up
+  run_folder.write_json(tmp_path / "config.json", finalize(small_config).to_dict())  # the same run, and it blows up
   with pytest.raises(FloatingPointError, match=r"not finite at step 1[3-9] .*learning_rate"):
     train(small_config, tmp_path)
   job = make_job(small_config)

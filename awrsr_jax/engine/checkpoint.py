@@ -35,13 +35,18 @@ SCHEMA = 2
 KEPT_LATEST = 2
 
 
+class AnotherSchema(ValueError):
+  """A checkpoint of another version of this package: not damaged, but not to be read here."""
+
+
 class NewestAndBest(preservation_policy.PreservationPolicy):
   """Keeps the newest, and the best on validation as the newest of them knows it."""
 
+  best_step: int | None = None
+
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    best = (checkpoints[-1].metrics or {}).get("best_step") if checkpoints else None
     newest = {info.step for info in checkpoints[-KEPT_LATEST:]}
-    return [info.step in newest or info.step == best for info in checkpoints]
+    return [info.step in newest or info.step == self.best_step for info in checkpoints]
 
 
 @contextlib.contextmanager
@@ -50,15 +55,16 @@ def open_checkpoints(workdir: str | os.PathLike[str], read_only: bool = False) -
 
   With `read_only` nothing is removed or written: the run may be going on.
   """
+  kept = NewestAndBest()
   options = ocp.CheckpointManagerOptions(
       read_only=True, create=False, save_interval_steps=0) if read_only else ocp.CheckpointManagerOptions(
-      preservation_policy=NewestAndBest(),
-      best_fn=lambda metrics: metrics["best_step"],  # without it Orbax writes no metrics at all
+      preservation_policy=kept,
       cleanup_tmp_directories=True,
       enable_async_checkpointing=True)
   folder = epath.Path(workdir)
   folder = folder if is_remote(folder) else folder.absolute()
   manager = ocp.CheckpointManager(folder / "checkpoints", options=options)
+  manager.kept = kept
   try:
     yield manager
   except Exception as error:
@@ -99,13 +105,12 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
     record: JSON, with "step" and "best_step", the best of the steps evaluated so far.
     ids: from encode_items.
   """
-  step = record["step"]
+  step, manager.kept.best_step = record["step"], record["best_step"]
   record = record | {"schema": SCHEMA, "checksums": name_checksums(state), "ids_sha256": hash_arrays(ids)}
   manager.save(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), ids=ocp.args.StandardSave(ids),
                               record=ocp.args.JsonSave({"content": record, "sha256": hash_json(record)})),
-      metrics={"best_step": record["best_step"]},
       force=True)
 
 
@@ -117,21 +122,24 @@ def restore_newest(manager: ocp.CheckpointManager, template: TrainState) -> tupl
     template: a TrainState of ShapeDtypeStructs with the shardings wanted here, whatever they were when saving.
 
   Returns:
-    (state, record), or None when there is no checkpoint at all.
+    (state, record), or None when there is no checkpoint, and never was.
 
   Raises:
-    ValueError: there are checkpoints, but none is good.
+    ValueError: there are checkpoints, but none is good, or the newest is of another version of this package.
   """
   steps = sorted(manager.all_steps(), reverse=True)
   for step in steps:
     try:
       return restore_step(manager, step, template)
+    except AnotherSchema as error:
+      raise ValueError(f"checkpoint {step} of {manager.directory} is of another version of this package: {error}. "
+                       "Finish the run with the version that began it, or start in another --workdir") from error
     except ValueError as error:
       LOG.error("checkpoint %d of %s is damaged and is not used: %s", step, manager.directory, error)
       set_aside(manager, step)
-  if steps:
-    raise ValueError(f"none of the checkpoints {steps} in {manager.directory} can be restored (see the log above; "
-                     f"they were moved to {damaged_folder(manager)}); start again in another --workdir")
+  if damaged_folder(manager).exists():
+    raise ValueError(f"none of the checkpoints in {manager.directory} can be restored: all were damaged, and are in "
+                     f"{damaged_folder(manager)}. Bring a good one back, or start again in another --workdir")
   return None
 
 
@@ -141,10 +149,10 @@ def restore_step(manager: ocp.CheckpointManager, step: int, template: TrainState
   Raises:
     ValueError: it does not fit the template, or is damaged, as any of the processes sees it.
   """
+  with processes.together():
+    record = read_record(manager, step)
   with processes.together(), reading():
-    restored = manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()))
-  state, record = restored["state"], check_record(restored["record"])
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
   check_arrays(state, record["checksums"])
   return state, record
 
@@ -190,11 +198,11 @@ def read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def check_record(stored: dict[str, Any]) -> dict[str, Any]:
   """Returns the record inside of what is stored of it; raises ValueError when it is not what was saved."""
-  record = stored["content"]
-  if hash_json(record) != stored["sha256"]:
+  record = stored.get("content", {})
+  if hash_json(record) != stored.get("sha256"):
     raise ValueError("its record was changed after saving")
-  if record["schema"] != SCHEMA:
-    raise ValueError(f"its schema is {record['schema']}, this version reads {SCHEMA}")
+  if record.get("schema") != SCHEMA:
+    raise AnotherSchema(f"its schema is {record.get('schema')}, this version reads {SCHEMA}")
   return record
 
 

@@ -9,6 +9,8 @@ Process 0 of a run writes them. A folder may be gs://bucket/...: there a file is
 metrics.jsonl is as new as the newest checkpoint; there are no locks and no TensorBoard files.
 """
 
+import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -16,14 +18,17 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import tensorboardX
 import tqdm
 from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from awrsr_jax.config import walk
 from awrsr_jax.data.batches import RankingBatches, history_lengths
@@ -39,6 +44,22 @@ FREE_KEYS = {
     "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
     "eval.keep_ranks",  # a file more or less
 }
+
+
+class DiskFull(Exception):
+  """There is no space left for the run folder."""
+
+
+@contextlib.contextmanager
+def noticing_full_disk(workdir: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns what is raised on a full disk, by Python or by Orbax with no type of its own, into DiskFull."""
+  try:
+    yield
+  except Exception as error:
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+      raise DiskFull(f"the disk of --workdir={workdir} is full; what was saved is whole. Make room and start the same "
+                     "command again: it goes on from the newest checkpoint") from error
+    raise
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -112,10 +133,10 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
   lock = lock_folder(folder)
   try:
     values = json.loads(json.dumps(dict(walk(config))))
-    if (folder / "config.json").exists():
-      check_same_config(workdir, read_json(folder / "config.json"), values)
-    if (folder / "corpus.json").exists():
-      check_same_corpus(workdir, read_json(folder / "corpus.json"), corpus)
+    saved = (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir())
+    for name, check, now in (("config.json", check_same_config, values), ("corpus.json", check_same_corpus, corpus)):
+      if saved or (folder / name).exists():
+        check(workdir, read_json(folder / name), now)
     write_json(folder / "config.json", nest(values))
     write_json(folder / "corpus.json", corpus)
   except BaseException:
@@ -131,9 +152,22 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     ValueError: it is missing or damaged.
   """
   try:
-    return json.loads(path.read_text())
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+      raise ValueError("it is no JSON object")
   except (OSError, ValueError) as error:
     raise ValueError(f"{path} cannot be read ({error}); restore it, or start in another --workdir") from error
+  return content
+
+
+def read_result(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """Returns the content of result.json; None: there is none, or it is damaged and is to be made again."""
+  path = epath.Path(workdir) / "result.json"
+  try:
+    return read_json(path) if path.exists() else None
+  except ValueError:
+    LOG.warning("%s is damaged and is made again from the checkpoints", path)
+    return None
 
 
 def write_ranks(path: epath.Path, batches: RankingBatches, ranks: np.ndarray) -> None:
@@ -189,7 +223,8 @@ def check_same_config(workdir: str | os.PathLike[str], before: dict[str, Any], n
   """Raises ValueError, with the difference, when a run folder was made with another config."""
   before = dict(walk(before))
   changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-  shown = [f"config.{key}: {before.get(key)} there, {now.get(key)} now" for key in changed if key not in FREE_KEYS]
+  free = FREE_KEYS if isinstance(before.get("train.epochs"), int) else FREE_KEYS - {"train.epochs"}
+  shown = [f"config.{key}: {before.get(key)} there, {now.get(key)} now" for key in changed if key not in free]
   if shown:
     raise ValueError(f"--workdir={workdir} was made with another config: {'; '.join(shown)}. Use the same config, or "
                      "another --workdir (config.train.epochs may grow)")
@@ -218,9 +253,7 @@ class MetricsWriter:
     self._path = epath.Path(workdir) / "metrics.jsonl"
     self._kept = keep_lines(self._path, start)
     self._file = io.StringIO() if is_remote(workdir) else self._path.open("a")
-    # the name has whole seconds only: without the suffix a quick resumption would overwrite the events before it
-    self._events = None if is_remote(workdir) else tensorboardX.SummaryWriter(
-        str(self._path.with_name("tensorboard")), purge_step=start + 1, filename_suffix=f".{start}")
+    self._events = None if is_remote(workdir) else open_events(self._path.with_name("tensorboard"), start)
     self._bar = tqdm.tqdm(initial=start, total=total, unit="step") if sys.stderr.isatty() else None
     self._shown: dict[str, str] = {}
     self._start, self._total, self._begin = start, total, time.monotonic()
@@ -236,7 +269,7 @@ class MetricsWriter:
     self._file.flush()
     if self._events is not None:
       for name, value in values.items():
-        self._events.add_scalar(f"{split}/{name}", value, step)
+        self._events.write_event(Event(step=step, wall_time=time.time(), summary=scalar(f"{split}/{name}", value)))
     shown: dict[str, str] = {
         name: f"{values[name]:.4g}" for name in ("loss", "ndcg@10", "interactions_per_sec") if name in values}
     if self._bar is not None:
@@ -267,6 +300,18 @@ class MetricsWriter:
       self._bar.close()
 
 
+def open_events(folder: epath.Path, start: int) -> EventsWriter:
+  """Opens a file of TensorBoard events after a step: what an earlier file says of later steps, TensorBoard forgets.
+
+  Not by SummaryWriter: its thread dies on a full disk, and then the run would wait for it without end.
+  """
+  folder.mkdir(exist_ok=True)
+  # the name has whole seconds only: without the suffix a quick resumption would overwrite the events before it
+  events = EventsWriter(str(folder / "events"), f".{start}")
+  events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+  return events
+
+
 class NoWriter:
   """The MetricsWriter of the other processes of a run: they write nothing."""
 
@@ -287,11 +332,11 @@ def keep_lines(path: epath.Path, last_step: int) -> str:
   if not path.exists():
     return ""
   kept = []
-  for line in path.read_text().splitlines(keepends=True):
+  for line in path.read_bytes().splitlines(keepends=True):
     try:
       content = json.loads(line)
-      if line.endswith("\n") and (content["step"], content["split"] != "train") <= (last_step, False):
-        kept.append(line)
+      if line.endswith(b"\n") and (content["step"], content["split"] != "train") <= (last_step, False):
+        kept.append(line.decode())
     except (ValueError, KeyError, TypeError):
       LOG.warning("%s: dropped a damaged line: %r", path, line[:80])
   text = "".join(kept)

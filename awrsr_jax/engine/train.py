@@ -32,7 +32,7 @@ from awrsr_jax.model.backbones import build_backbone
 
 LOG = logging.getLogger(__name__)
 CHOSEN_BY = "ndcg@10"  # on validation: early stopping and the best checkpoint
-NOT_EVALUATED = -1.0  # below any metric
+FRESH = {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "seconds": 0.0}  # a record; best: below any metric
 LAW = 2  # of batches and dropout, what a step does with seed and config; 1: batches of one length each
 
 
@@ -119,6 +119,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
   Raises:
     ValueError: anything wrong with config, data, devices or workdir; before the first compilation.
     FloatingPointError: the loss or the gradient stopped being finite; the last good checkpoint stays.
+    run_folder.DiskFull: no space is left; the same call goes on from the newest checkpoint once there is.
     processes.Preempted: told_to_stop; the same call goes on from the step that it was at.
     processes.ProcessLost: another process is gone; the same call goes on from the newest checkpoint.
   """
@@ -126,9 +127,8 @@ def train(config: Any, workdir: str | os.PathLike[str],
   with processes.noticing_losses(), compiling.watching() as compiled:
     job = make_job(config, table)
     with open_run(workdir, job):
-      result_path = epath.Path(workdir) / "result.json"
-      result = processes.from_first(run_folder.read_json(result_path) if result_path.exists() else None)
-      if result and result["epochs"] == job.config.train.epochs:
+      result = processes.from_first(run_folder.read_result(workdir))
+      if result and result.get("epochs") == job.config.train.epochs:
         LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
         return result
       with checkpoint.open_checkpoints(workdir) as manager:
@@ -138,7 +138,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
         result = conclude(job, workdir, manager, state, record, told_to_stop)
         result |= {"compiled": dataclasses.asdict(compiled)}  # in this start
       if processes.is_first():
-        run_folder.write_json(result_path, result)
+        run_folder.write_json(epath.Path(workdir) / "result.json", result)
   return result
 
 
@@ -148,8 +148,9 @@ def open_run(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
 
   Raises:
     ValueError: see run_folder.open_run; or another process does not see the folder.
+    DiskFull: what is done with the open folder needs more than is left.
   """
-  with contextlib.ExitStack() as held:
+  with run_folder.noticing_full_disk(workdir), contextlib.ExitStack() as held:
     with processes.together():
       if processes.is_first():
         held.enter_context(run_folder.open_run(workdir, job.config, data_corpus.describe(job.corpus)))
@@ -164,7 +165,7 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
   """Returns the state and record of the newest good checkpoint, or fresh ones.
 
   Raises:
-    ValueError: it was trained under another law of batches and dropout.
+    ValueError: it was trained under another law of batches and dropout, by another version, or longer.
   """
   init = functools.partial(init_state, job.backbone, job.optimizer, job.config.seed, job.mesh)
   template = meshes.template(job.mesh, jax.eval_shape(init))
@@ -174,13 +175,17 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
     LOG.info("%d users, %d items, %d interactions; %d parameters; %d steps of %d epochs, lengths %s",
              job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
              job.config.train.epochs, job.batches.buckets)
-    return init(), {"step": 0, "best": NOT_EVALUATED, "best_step": 0, "worse": 0, "seconds": 0.0}
-  law = found[1].get("law", 1)
+    return init(), dict(FRESH)
+  step, law, lacking = found[1].get("step", 0), found[1].get("law", 1), sorted(FRESH.keys() - found[1].keys())
   if law != LAW:
     raise ValueError(f"{manager.directory} was trained under law {law} of batches and dropout, and this version has "
                      f"law {LAW}: going on would end as neither run. Finish it with the version that began it, or "
                      "start in another --workdir; its model can still be used")
-  LOG.info("resumed at step %d of %d", found[1]["step"], job.total_steps)
+  if lacking or step > job.total_steps:
+    what = f"has no {', '.join(lacking)}" if lacking else f"is beyond the last step of this config, {job.total_steps}"
+    raise ValueError(f"checkpoint {step} of {manager.directory} {what}: going on is for the version and config that "
+                     "made it; start in another --workdir")
+  LOG.info("resumed at step %d of %d", step, job.total_steps)
   return found
 
 

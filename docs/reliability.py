@@ -1,0 +1,38 @@
+"""Prints docs/reliability.md: what was done to runs, what happened, and how often; from a log of tests/faults.
+
+  export AWRSR_FAULTS_LOG=/tmp/faults.jsonl
+  bash launch/test.sh tests/faults
+  bash launch/test.sh --faults
+  python docs/reliability.py /tmp/faults.jsonl > docs/reliability.md
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+HEAD = """# What a run survives
+
+Each row is done to real runs by `tests/faults/`: the fast part with all tests, the long one by `bash launch/test.sh
+--faults`. Count is how often it was done for this page, which `docs/reliability.py` made of a log of these tests.
+
+| fault | what happens | test | count | green |
+|---|---|---|---|---|"""
+
+
+def main(path: str) -> None:
+  """Prints the page; rows of the same fault, outcome and test are one, with their counts added up."""
+  found: dict[tuple[str, str, str], list[dict]] = {}
+  for line in pathlib.Path(path).read_text().splitlines():
+    row = json.loads(line)
+    test = re.sub(r"\[.*", "", row["test"]).replace("tests/faults/", "").replace("::", " ")
+    found.setdefault((row["fault"], row["what happens"], test), []).append(row)
+  print(HEAD)
+  for key, rows in sorted(found.items(), key=lambda item: (item[0][2].split()[0], item[0])):
+    cells = (*key[:2], f"`{key[2]}`", str(sum(row["count"] for row in rows)),
+             "yes" if all(row["green"] for row in rows) else "**no**")
+    print("|", " | ".join(cell.replace("|", "\\|") for cell in cells), "|")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
