@@ -7,6 +7,7 @@ out, with a line that says why, on stderr and in the report.
 """
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from awrsr_jax.analysis import maps, report, runs, significance
 from awrsr_jax.analysis.attention import choose, measure_profile, read_histories
 from awrsr_jax.analysis.drawing import FORMATS, Drawing
 from awrsr_jax.analysis.figures import FROM_RUNS, Groups
+from awrsr_jax.command import refuse
 from awrsr_jax.engine.run_folder import write_bytes, write_text
+from awrsr_jax.foreign import printable
 from awrsr_jax.inference import trained as models
 
 USERS = 512
@@ -56,7 +59,7 @@ def analyze(folders: Sequence[str], out: str | None = None, user: str | None = N
   found = [runs.read_run(folder) for folder in folders]
   runs.check_comparable(found)
   groups = runs.group(found)
-  folder = make_folder(epath.Path(folders[0]) / "analysis" if out is None else epath.Path(out))
+  folder = make_folder(epath.Path(folders[0]) / "analysis" if out is None else epath.Path(out), out is None)
   left_out: list[str] = []
   drawings = []
   for make in FROM_RUNS:
@@ -86,12 +89,14 @@ def analyze(folders: Sequence[str], out: str | None = None, user: str | None = N
   return left_out
 
 
-def make_folder(folder: epath.Path) -> epath.Path:
-  """Makes the folder of a report, if it is not there.
+def make_folder(folder: epath.Path, own: bool) -> epath.Path:
+  """Makes the folder of a report, if it is not there; `own`: it lies in the run folder, which others may have made.
 
   Raises:
     ValueError: it is a file, or cannot be made.
   """
+  if own and os.path.islink(folder):
+    raise ValueError(f"{folder} leads to another place; say with --out=DIR where the report goes")
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"--out={folder} is a file; name a folder, or one that is to be made")
   try:
@@ -143,9 +148,9 @@ def main(argv: Sequence[str]) -> None:
   try:
     left_out = analyze(argv[1:], OUT.value, USER.value, NUMBER.value, DATA_PATH.value, FORMAT.value, not NO_MAPS.value)
   except ValueError as error:
-    sys.exit(f"ValueError: {error}")
+    refuse(error)
   for words in left_out:
-    print(f"left out: {words}", file=sys.stderr)
+    print(printable(f"left out: {words}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ U users, I items, N training interactions, B histories, S their padded length.
 
 import dataclasses
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from etils import epath
 from ml_collections import config_flags
 from scipy import sparse
 
-from awrsr_jax.command import parse_flags_or_defaults
+from awrsr_jax.command import parse_flags_or_defaults, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import prepared
@@ -217,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     run(finalize(CONFIG.value), NEIGHBOURS.value, OUT.value)
   except ValueError as error:
-    sys.exit(f"ValueError: {error}")
+    refuse(error)
 
 
 if __name__ == "__main__":

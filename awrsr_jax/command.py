@@ -5,12 +5,14 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 from absl import app
 
 from awrsr_jax import config as defaults
 from awrsr_jax.config import default, walk
+from awrsr_jax.foreign import LONGEST, printable
 
 
 def suggest(key: str, known: Sequence[str]) -> str:
@@ -36,6 +38,12 @@ def parse_flags_or_defaults(argv: list[str]) -> list[str]:
   """As parse_flags, of commands that can do without a config file: config.py is one, with the defaults."""
   # in front and not as the flag's default: that would be read, with all keys, before their names are checked
   return parse_flags([argv[0], f"--config={defaults.__file__}", *argv[1:]])
+
+
+def refuse(error: Exception) -> NoReturn:
+  """Ends a command with an error in one line; what it quotes of files moves no cursor, and fills no screen."""
+  words = f"{type(error).__name__}: {error}"
+  sys.exit(printable(words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."))
 
 
 def cache_folder() -> pathlib.Path:

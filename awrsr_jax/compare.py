@@ -6,7 +6,6 @@ cover stands at the top of awrsr_jax/analysis/significance.py. Several seeds of 
 deviation over seeds.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,9 @@ from absl import app, flags
 from etils import epath
 
 from awrsr_jax.analysis import runs, significance
+from awrsr_jax.command import refuse
 from awrsr_jax.engine.run_folder import write_json
+from awrsr_jax.foreign import printable
 
 
 def format_table(metric: str, found: dict[str, Any]) -> str:
@@ -89,7 +90,7 @@ def run(folders: Sequence[str], metrics: Sequence[str], resamples: int, seed: in
                      "python -m awrsr_jax.compare RUN RUN ...")
   groups = runs.group([runs.read_run(folder) for folder in folders])
   found = significance.compare(groups, metrics, resamples, seed, level)
-  print(render(found))
+  print(printable(render(found)))
   if out:
     try:
       write_json(epath.Path(out), found)
@@ -102,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     run(argv[1:], METRICS.value, RESAMPLES.value, SEED.value, LEVEL.value, OUT.value)
   except ValueError as error:
-    sys.exit(f"ValueError: {error}")
+    refuse(error)
 
 
 if __name__ == "__main__":

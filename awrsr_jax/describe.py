@@ -7,7 +7,6 @@ too, with the reason among the warnings. Logs larger than memory: prepare them, 
 import copy
 import json
 import pathlib
-import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +16,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from awrsr_jax.command import parse_flags_or_defaults
+from awrsr_jax.command import parse_flags_or_defaults, refuse
 from awrsr_jax.config import default, finalize, walk
 from awrsr_jax.data import batches, prepared, statistics
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import log as logs
 from awrsr_jax.data.corpus import Corpus
+from awrsr_jax.foreign import printable
 
 BUCKETS = (1, 2, 4, 8)
 
@@ -50,9 +50,12 @@ def describe(config: ml_collections.ConfigDict, path: str | None = None) -> dict
     made = prepared.read_manifest(folder)
     prepared.check_files(folder, made, whole=True)
     start, given = dict(walk(default().data)), dict(walk(config.data))
-    config.data.update_from_flattened_dict(
-        {key: value for key, value in made["rules"].items() if given[key] == start[key]})
-    data = finalize(config).data
+    rules = {key: value for key, value in made["rules"].items() if key in start and given[key] == start[key]}
+    try:
+      config.data.update_from_flattened_dict(rules)
+      data = finalize(config).data
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"{folder}/prepared.json: {error}; prepare the corpus again") from error
     corpus = prepared.open_corpus(data)
     found = made["statistics"] | {"beyond_max_length": statistics.count_beyond(corpus, data)}
     return _join(data, found, corpus, plan_padding(corpus, data), [])
@@ -114,8 +117,8 @@ def main(argv: Sequence[str]) -> None:
   try:
     found = describe(CONFIG.value, *argv[1:])
   except ValueError as error:
-    sys.exit(f"ValueError: {error}")
-  print(json.dumps(found, indent=2, allow_nan=False) if JSON.value else render(found))
+    refuse(error)
+  print(json.dumps(found, indent=2, allow_nan=False) if JSON.value else printable(render(found)))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ Makes a folder that recommends with jax and numpy alone: see inference/artefact.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from awrsr_jax.command import keep_compiled
+from awrsr_jax.command import keep_compiled, refuse
 from awrsr_jax.inference.artefact import PLATFORMS, export
 
 
@@ -29,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--{name}=FOLDER is missing; it is {what}")
     made = export(WORKDIR.value, OUT.value, K.value, STEP.value, PLATFORMS_.value, not NOCHECK.value)
   except (ValueError, FloatingPointError) as error:
-    sys.exit(f"{type(error).__name__}: {error}")
+    refuse(error)
   print(report(OUT.value, made))
 
 

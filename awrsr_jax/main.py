@@ -17,7 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from awrsr_jax.command import keep_compiled, parse_flags
+from awrsr_jax.command import keep_compiled, parse_flags, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared
 from awrsr_jax.engine import memory, processes, run_folder
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
   except (ValueError, FloatingPointError) as error:
     if flags.FLAGS.verbosity > 0:
       traceback.print_exc()
-    sys.exit(f"{type(error).__name__}: {error}")
+    refuse(error)
   except Exception:
     if jax.process_count() == 1:
       raise

@@ -4,13 +4,12 @@ Logs may be larger than memory. Afterwards `--config.data.path=prepared/my_log` 
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from awrsr_jax.command import parse_flags_or_defaults
+from awrsr_jax.command import parse_flags_or_defaults, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
       raise ValueError("--out=FOLDER is missing; it is where the prepared corpus goes")
     made = prepared.prepare(finalize(CONFIG.value).data, OUT.value, MEMORY.value * 2 ** 20)
   except ValueError as error:
-    sys.exit(f"ValueError: {error}")
+    refuse(error)
   size = sum(file["bytes"] for file in made["files"].values())
   print("{users} users, {items} items, {interactions} interactions in {size:,.0f} MiB; train on it with "
         "--config.data.path={out}".format(**made["description"], size=size / 2 ** 20, out=OUT.value))

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from absl import app, flags
 from absl import logging as absl_logging
 
-from awrsr_jax.command import keep_compiled
+from awrsr_jax.command import keep_compiled, refuse
 from awrsr_jax.data.lines import read_lines
-from awrsr_jax.inference.files import Counts, Job, check_output, recommend_file, recommend_stream
+from awrsr_jax.foreign import shorten
+from awrsr_jax.inference.files import SHOWN, Counts, Job, check_output, encode, recommend_file, recommend_stream
 from awrsr_jax.inference.histories import check_source
 from awrsr_jax.inference.trained import Trained, load
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     run()
   except (ValueError, FloatingPointError) as error:
-    sys.exit(f"{type(error).__name__}: {error}")
+    refuse(error)
   except BrokenPipeError:  # whoever read standard output has enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
     sys.exit(1)
@@ -99,13 +100,12 @@ def write_similar(trained: Trained, items: list[str], job: Job) -> None:
   for raw, found in zip(items, trained.similar(items, job.k, allow=job.allow, deny=job.deny), strict=True):
     at = trained.catalogue.numbers[raw] - 1
     if TEXT.value:
-      print(f"similar to {raw} {trained.catalogue.titles[at]}".rstrip())
-      print("\n".join(f"  {rank:3}  {item}  {score:9.4f}  {title}".rstrip()
+      print(f"similar to {raw} {shorten(trained.catalogue.titles[at], SHOWN)}".rstrip())
+      print("\n".join(f"  {rank:3}  {shorten(item, SHOWN)}  {score:9.4f}  {shorten(title, SHOWN)}".rstrip()
                       for rank, (item, score, title) in enumerate(found, start=1)))
     else:
-      print(json.dumps({"item": trained.catalogue.item_ids[at], "items": [one.item for one in found],
-                        "scores": [one.score for one in found], "titles": [one.title for one in found]},
-                       ensure_ascii=False))
+      print(encode({"item": trained.catalogue.item_ids[at], "items": [one.item for one in found],
+                    "scores": [one.score for one in found], "titles": [one.title for one in found]}))
   sys.stdout.flush()
 
 

@@ -28,8 +28,10 @@ from etils import epath
 from awrsr_jax.analysis.grid import COMPLETE, Grid, Planned, load_grid, read_state, read_states
 from awrsr_jax.analysis.results import write_results
 from awrsr_jax.analysis.text import show_metric
+from awrsr_jax.command import refuse
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.run_folder import read_json
+from awrsr_jax.foreign import printable
 
 MOST_AGAIN = 3  # times that a run which asks for it (code 75) is started again
 PAUSE_S = 0.1  # between looks at the processes
@@ -145,7 +147,7 @@ def print_list(runs: Sequence[Planned], out: str, data: str | None) -> None:
   for planned in runs:
     state, why = read_state(planned, out)
     states[state] += 1
-    print(f"{state:<8}  {' = '.join(planned.names)}{f'  ({why})' if why else ''}\n"
+    _say(f"{state:<8}  {' = '.join(planned.names)}{f'  ({why})' if why else ''}\n"
           f"          {shlex.join(planned.command(out, data or 'DATA'))}")
   print(f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.items())}")
 
@@ -251,7 +253,7 @@ def _explain(code: int, planned: Planned, out: str) -> str:
 
 
 def _say(text: str) -> None:
-  print(text, flush=True)
+  print(printable(text), flush=True)
 
 
 def reproduce(grid_path: str, out: str, data: str | None, only: str | None, jobs: int, results: str,
@@ -297,7 +299,7 @@ def reproduce(grid_path: str, out: str, data: str | None, only: str | None, jobs
       unwritten = ""
     except ValueError as error:  # runs that are under way are worth more than the page
       unwritten = f"the results could not be written: {error}"
-      print(unwritten, file=sys.stderr, flush=True)
+      print(printable(unwritten), file=sys.stderr, flush=True)
 
   failed = run_all(left, out, data, jobs, report, told_to_stop, start)
   if not left:
@@ -320,7 +322,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"stopped as told, {notice}; all steps are saved, and the same command goes on", file=sys.stderr)
     sys.exit(processes.TRY_AGAIN)
   except ValueError as error:
-    sys.exit(f"ValueError: {error}")
+    refuse(error)
 
 
 if __name__ == "__main__":

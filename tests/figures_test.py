@@ -19,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from awrsr_jax.analysis import drawing as drawings
 from awrsr_jax.analysis import figures, runs
-from awrsr_jax.analysis.text import shorten
 from awrsr_jax.config import default
 from awrsr_jax.engine.ranking import summarize
+from awrsr_jax.foreign import shorten
 
 USERS = 90
 CORPUS = {

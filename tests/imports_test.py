@@ -12,8 +12,8 @@ PACKAGE = "awrsr_jax"
 # Every file of the package, ground floor first. A file may import, at its top or inside a function, only from files
 # above it in this list.
 ORDER = (
-    "malloc", "config", "command",
-    "data.log", "data.rules", "data.text", "data.lines",
+    "malloc", "config", "foreign", "command",
+    "data.log", "data.rules", "data.lines", "data.text",
     "data.tables", "data.from_tfds", "data.movielens", "data.readers",
     "data.synthetic", "data.splits", "data.corpus", "data.statistics", "data.records", "data.prepared", "data.batches",
     "model.dropout", "model.gaussian", "model.attention", "model.refine", "model.blocks", "model.hidden",

@@ -86,6 +86,9 @@ def read_histories(run: Run, data_path: str | None = None) -> Histories:
   """
   moved = {"data.path": data_path, "data.format": "auto"} if data_path else {}
   data = restore(run.config | moved, f"{run.folder}/config.json").data
+  if not data.path and (data.tfds.name or data.format == "tfds"):
+    raise ValueError(f"{run.folder} was trained on the TFDS data set {data.tfds.name!r}, and a run folder may not have "
+                     "it downloaded here; --data_path=FOLDER says where it is prepared")
   path = data.path or data.name or "a table that was given from Python"
   try:
     corpus = prepared.load(data)

@@ -19,7 +19,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from awrsr_jax.analysis.text import shorten
+from awrsr_jax.foreign import shorten
 
 COLUMN, TEXT = 3.3, 7.0  # widths in inches
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # yellow is too pale for a line
@@ -95,7 +95,7 @@ def legend(figure: Figure, axes: Axes, entries: int) -> None:
 def log_axis(axes: Axes, values: np.ndarray) -> None:
   """Makes the y axis logarithmic, with plain numbers at its ticks."""
   axes.set_yscale("log", nonpositive="mask")
-  values = values[values > 0]
+  values = values[(values > 0) & np.isfinite(values)]
   span = values.max() / values.min() if len(values) else 1
   decades = ticker.LogLocator(subs=(1, 2, 5) if span < 200 else (1,), numticks=10)
   axes.yaxis.set_major_locator(decades if span > 4 else ticker.MaxNLocator(5))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from awrsr_jax.analysis.drawing import COLUMN, Drawing, legend, line_style, log_axis, settle, styled, thin
 from awrsr_jax.analysis.runs import Run
 from awrsr_jax.analysis.significance import check_same_targets, gains
-from awrsr_jax.analysis.text import plain
+from awrsr_jax.foreign import plain
 
 Groups = dict[str, list[Run]]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from awrsr_jax.analysis.runs import SHARED
+from awrsr_jax.analysis.runs import SHARED, read_config
 from awrsr_jax.command import suggest
 from awrsr_jax.config import default, finalize, walk
 from awrsr_jax.engine.run_folder import read_json
@@ -288,7 +288,7 @@ def read_state(planned: Planned, out: str | os.PathLike[str]) -> tuple[str, str]
   folder = epath.Path(out) / planned.folder
   if not (folder / "config.json").exists():
     return MISSING, ""
-  there = dict(walk(default())) | dict(walk(read_json(folder / "config.json")))
+  there = read_config(folder)
   wanted, free = planned.values, (SHARED - {"seed"}) | {"train.epochs", "data.path"}
   changed = [f"config.{key}: {there.get(key)} there, {wanted.get(key)} declared"
              for key in sorted(there.keys() | wanted.keys()) if key not in free and there.get(key) != wanted.get(key)]

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 
 from awrsr_jax.analysis.attention import LONG, NAMES, Histories, Profile
 from awrsr_jax.analysis.drawing import COLUMN, TEXT, Drawing, legend, line_style, settle, styled, thin
-from awrsr_jax.analysis.text import plain, shorten
+from awrsr_jax.foreign import shorten
 from awrsr_jax.inference.explain import Layer
 from awrsr_jax.inference.trained import Trained
 
 SHOWN = 16  # newest items of a map
 HEADS = 4  # rows of a figure of maps
 ACROSS = 3  # panels side by side
-LETTERS = 18  # of a tick label
+LETTERS, NAME = 18, 200  # letters of a tick label, and of an item in a table, at most
 
 
 def draw_map(layer: Layer, heads: list[int], labels: list[str], is_refined: bool) -> Figure:
@@ -102,12 +102,12 @@ def map_drawings(trained: Trained, histories: Histories, row: int) -> list[Drawi
   numbers = histories.newest(np.array([row]), min(int(histories.lengths[row]), longest))[0]
   layers = trained.read_layers(numbers)
   item_ids, titles = trained.catalogue.item_ids, trained.catalogue.titles
-  names = [plain(titles[number - 1]) or plain(item_ids[number - 1]) for number in numbers[-SHOWN:]]
+  names = [shorten(titles[number - 1], NAME) or shorten(item_ids[number - 1], NAME) for number in numbers[-SHOWN:]]
   labels = [shorten(name, LETTERS) for name in names]
   is_refined = trained.config.model.refine != "none"
   sums = "sums to 1" if trained.config.model.attention.sink is None else "sums to 1 less what its sink takes,"
-  who = (f"User {plain(corpus.user_ids[histories.users[row]])}, {histories.lengths[row]} items before the test target, "
-         f"of which the model sees {len(numbers)} and the newest {len(names)} are shown, oldest first")
+  who = (f"User {shorten(corpus.user_ids[histories.users[row]], NAME)}, {histories.lengths[row]} items before the test "
+         f"target, of which the model sees {len(numbers)} and the newest {len(names)} are shown, oldest first")
   drawings = []
   for at, layer in enumerate(layers, start=1):
     layer = Layer(layer.first_order[:, -SHOWN:, -SHOWN:], layer.refined[:, -SHOWN:, -SHOWN:])

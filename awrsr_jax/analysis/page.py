@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from awrsr_jax.analysis.drawing import Drawing, to_svg
-from awrsr_jax.analysis.text import plain
+from awrsr_jax.foreign import plain
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "{http://www.w3.org/1999/xlink}href"

@@ -6,6 +6,7 @@ The same run folders give the same bytes. What is missing is named; what does no
 import dataclasses
 import functools
 import os
+import re
 import shlex
 import statistics
 from collections import Counter
@@ -18,8 +19,9 @@ from awrsr_jax.analysis import figures, significance
 from awrsr_jax.analysis.drawing import Drawing, to_svg
 from awrsr_jax.analysis.grid import COMPLETE, METRICS, MISSING, STARTED, Anchor, Cost, Grid, Planned, Table, read_states
 from awrsr_jax.analysis.runs import Run, check_comparable, read_run
-from awrsr_jax.analysis.text import plain, show_metric, show_spread
+from awrsr_jax.analysis.text import show_metric, show_spread
 from awrsr_jax.engine.run_folder import write_bytes, write_text
+from awrsr_jax.foreign import plain
 
 COMPARED = "ndcg@10"
 HOW_TO_READ = """\
@@ -258,7 +260,7 @@ def show_size(runs: Sequence[Run]) -> list[str]:
 def show_memory(runs: Sequence[Run]) -> str:
   """Returns the largest peak memory of the runs, wherever it was measured, in MiB."""
   places = sorted({place for run in runs for place in run.result["peak_memory"]})
-  return ", ".join(f"{place} {max(run.result['peak_memory'].get(place, 0) for run in runs) / 2**20:,.0f} MiB"
+  return ", ".join(f"{escape(place)} {max(run.result['peak_memory'].get(place, 0) for run in runs) / 2**20:,.0f} MiB"
                    for place in places)
 
 
@@ -277,10 +279,7 @@ def title(column: str) -> str:
 
 def escape(text: str) -> str:
   """Returns a text that markdown shows as it is, also in a cell."""
-  text = plain(text)
-  for char in "\\|*_`<[":
-    text = text.replace(char, f"\\{char}")
-  return text
+  return re.sub(r"[\\|*_`<[]|^[#>+=-]", r"\\\g<0>", plain(text))
 
 
 def format_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -10,12 +10,25 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from awrsr_jax.config import default, walk
+from awrsr_jax.config import default, key_type, walk
 from awrsr_jax.engine.run_folder import FREE_KEYS, read_json, read_ranks
+from awrsr_jax.foreign import check_kinds, parse_json
 
 # Keys that runs of one group may differ in: they change no figure, but for the seed, which is what a group is over.
 SHARED = {"seed", "eval.batch_size", "eval.block_items", "train.log_every", "checkpoint.every_steps"} | (
     FREE_KEYS - {"train.epochs"})
+
+
+# What report and tables take for granted; keys that later or earlier versions have may be anything.
+METRICS = {...: float}
+TARGETS = {"targets": int, "new_users": int, "no_history": int, "new_items": int}
+CORPUS = {"name": str, "fingerprint": str, "numbering": str, "users": int, "items": int, "interactions": int,
+          "mean_length": float, "median_length": float, "min_length": int, "max_length": int, "density": float,
+          "split": {"words": str, "training": int, "valid": TARGETS, "test": TARGETS}}
+RESULT = {"test": METRICS, "valid": METRICS, "oracle": METRICS, "protocol": str, "epochs": int, "steps": int,
+          "best_step": int, "best_epoch": int, "parameters": int, "device": str, "wall_time_s": float,
+          "versions": {...: str}, "peak_memory": {...: int}, "compiled": METRICS}
+LINE = {"step": int, "epoch": int, "split": str, ...: float}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +86,31 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
       metrics.append(_parse(line))
     except ValueError as error:
       raise ValueError(f"{folder / 'metrics.jsonl'}:{number} is damaged ({error}); take the line out") from error
-  config = dict(walk(default())) | dict(walk(read_json(folder / "config.json")))
-  return Run(str(workdir), config, read_json(folder / "corpus.json"), metrics, read_json(folder / "result.json"))
+  corpus, result = read_json(folder / "corpus.json"), read_json(folder / "result.json")
+  check_kinds(corpus, CORPUS, str(folder / "corpus.json"))
+  check_kinds(result, RESULT, str(folder / "result.json"))
+  return Run(str(workdir), read_config(folder), corpus, metrics, result)
+
+
+def read_config(folder: epath.Path) -> dict[str, Any]:
+  """Returns what config.json of a run says, dotted key -> value; a key that the run did not know has its default.
+
+  Raises:
+    ValueError: the file is damaged, or a value has another type than its key.
+  """
+  start = default()
+  known, given = dict(walk(start)), dict(walk(read_json(folder / "config.json")))
+  check_kinds({key: value for key, value in given.items() if value is not None or known.get(key) is not None},
+              {key: key_type(start, key) for key in known}, str(folder / "config.json"))
+  return known | given
 
 
 def _parse(line: str) -> dict[str, Any]:
   """Returns the values of a line of metrics.jsonl. Raises ValueError where it is no such line."""
-  values = json.loads(line)
+  values = parse_json(line, "it")
   if not (isinstance(values, dict) and {"step", "epoch", "split"} <= values.keys()):
     raise ValueError("it is no object with step, epoch and split")
+  check_kinds(values, LINE, "it")
   return values
 
 

@@ -15,10 +15,12 @@ import numpy as np
 
 from awrsr_jax.data.log import Interactions
 from awrsr_jax.data.tables import choose_columns
+from awrsr_jax.foreign import parse_json
 
 LOG = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 5.0  # to find a host, to connect and to be answered, each
 BULK = 8192  # records asked for at a time
+OWN = "tensorflow_datasets.core.features."  # where its kinds of fields are
 
 
 def fetch(url: str, size: int, sha256: str) -> str:
@@ -124,10 +126,32 @@ def _is_cached(folder: str, url: str, sha256: str) -> bool:
   return resource.is_locally_cached(tfds.core.Path(folder) / resource.get_dl_fname(url, sha256))
 
 
+def _check_features(path: str) -> None:
+  """Refuses fields of classes that are not TFDS's own: TFDS imports whatever module features.json names.
+
+  Raises:
+    ValueError: there is one, or the file cannot be read.
+  """
+  with open(os.path.join(path, "features.json"), "rb") as file:
+    waiting = [parse_json(file.read(), "features.json")]
+  while waiting:
+    value = waiting.pop()
+    if isinstance(value, dict):
+      waiting += value.values()
+      for key in ("pythonClassName", "python_class_name", "type"):
+        if isinstance(name := value.get(key), str) and not name.startswith(OWN):
+          raise ValueError(f"features.json names {name!r}, and only features of TFDS itself are read")
+      if isinstance(content := value.get("content"), str):  # JSON once more
+        waiting.append(parse_json(content, "features.json"))
+    elif isinstance(value, list):
+      waiting += value
+
+
 def _open_folder(path: str) -> Any:
   """Returns the builder of a prepared data set in a folder."""
   import tensorflow_datasets as tfds
   try:
+    _check_features(path)
     return tfds.builder_from_directory(path)
   except Exception as error:  # TFDS raises its own kinds, and a bare AssertionError
     raise ValueError(f"{path} is not a prepared TFDS data set: {error or type(error).__name__}; give the folder that "
@@ -141,6 +165,8 @@ def _open_name(name: str) -> Any:
     raise ValueError("config.data.format=tfds needs --config.data.tfds.name=NAME, or --config.data.path=FOLDER of a "
                      "prepared data set")
   try:
+    if ":" in name:
+      raise ValueError("what follows a colon is a data set of others, which TFDS makes by running their code")
     builder = tfds.builder(name)
   except Exception as error:
     raise ValueError(f"TFDS knows no data set {name!r}: {error or type(error).__name__}; set "

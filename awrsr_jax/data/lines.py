@@ -119,7 +119,8 @@ def holds(file: str, byte: bytes) -> bool:
 def mixes_line_ends(file: str) -> bool:
   """Whether some lines end in \\n and some in \\r\\n."""
   with open_file(file) as opened:
-    return len({line.endswith(b"\r\n") for line in opened if line.endswith(b"\n")}) > 1
+    lines = iter(lambda: opened.readline(LONGEST_LINE), b"")
+    return len({line.endswith(b"\r\n") for line in lines if line.endswith(b"\n")}) > 1
 
 
 def open_file(file: str) -> Any:

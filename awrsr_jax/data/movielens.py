@@ -38,6 +38,7 @@ DOWNLOADS = {
                 "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),
 }
 
+MOST_TITLES = 1 << 26  # bytes; the largest published file of titles has 4 MB
 CSV_HEADER = "userid,movieid,rating,timestamp"
 
 
@@ -99,6 +100,9 @@ def read_movielens(database: duckdb.DuckDBPyConnection, data: Any, path: str) ->
   beside = os.path.join(os.path.dirname(path), titles_name)
   if not os.path.isfile(beside):
     return log
+  if os.path.getsize(beside) > MOST_TITLES:
+    raise ValueError(f"{beside} has {os.path.getsize(beside)} bytes, and titles are read up to {MOST_TITLES}; take it "
+                     "away to do without titles")
   titles = text.decode(text.read_bytes(beside, None), beside, encoding)
   try:
     return dataclasses.replace(log, titles=_parse_titles(titles, titles_separator))
@@ -141,6 +145,9 @@ def _unpacked(path: str) -> Iterator[tuple[str, Callable[[str], str]]]:
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
       raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is truncated or damaged: {error}; download it again, "
                        "or set --config.data.path to another file") from error
+    except OSError as error:
+      raise ValueError(f"{path} cannot be unpacked into {folder}: {error.strerror or error}; TMPDIR names another "
+                       "place") from error
     ratings = os.path.join(folder, kind)
     yield ratings, lambda message: message.replace(folder, os.path.dirname(f"{path}/{member}"))
 

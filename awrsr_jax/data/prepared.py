@@ -21,6 +21,7 @@ import logging
 import os
 import pathlib
 import shutil
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,9 +36,16 @@ from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import log as logs
 from awrsr_jax.data import records, splits, statistics
 from awrsr_jax.data.corpus import Corpus
+from awrsr_jax.foreign import check_kinds, check_names, parse_json
 
 LOG = logging.getLogger(__name__)
 SCHEMA = 1
+FILES = ("users.parquet", "items.parquet", "split.npz")
+KINDS = {"schema": int, "rules": dict, "statistics": dict, "shards": list, "users_of_shards": list,
+         "files": {...: {"bytes": int, "sha256": str}},
+         "description": {"name": str, "fingerprint": str, "numbering": str, "users": int, "items": int,
+                         "interactions": int, "split": {"words": str, "training": int}}}  # of prepared.json
+INT32 = 2**31 - 1
 RULES = ("min_rating", "duplicates", "k_core", "max_history", "split.")  # of config.data: what makes another corpus
 
 
@@ -71,19 +79,43 @@ def open_corpus(data: ml_collections.ConfigDict) -> Corpus:
     raise ValueError(f"{folder} was prepared by other rules: {'; '.join(changed)}. Use the same, or prepare "
                      "another folder")
   check_files(folder, made, whole=False)
+  try:
+    corpus = _open(folder, made, data)
+  except (KeyError, TypeError, OverflowError, MemoryError, zipfile.BadZipFile, pyarrow.ArrowException) as error:
+    raise ValueError(f"{folder} does not hold what a corpus does ({type(error).__name__}: {error}); prepare it "
+                     "again") from error
+  return corpora.check(corpus, data)
+
+
+def _open(folder: pathlib.Path, made: dict[str, Any], data: Any) -> Corpus:
+  """As open_corpus, when prepared.json and sizes are checked; what is no such file raises errors of its reader."""
   with np.load(folder / "split.npz", allow_pickle=False) as arrays:
-    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"])]).astype(np.int64)
-    split = splits.Split(now["split.name"], made["description"]["split"]["words"], arrays["train_ends"],
-                         {name: arrays[name] for name in splits.HELD_OUT})
+    lengths, train_ends, *targets = (arrays[name] for name in ("lengths", "train_ends", *splits.HELD_OUT))
   users = _read_ids(folder / "users.parquet")
   items = pyarrow.parquet.read_table(folder / "items.parquet")
   ids = _to_ids(items.column("item"))
+  trained, description, first_users = items.column("trained").to_numpy(), made["description"], made["users_of_shards"]
+  fits = all(array.ndim == 1 and array.dtype.kind == "i" for array in (lengths, train_ends, trained, *targets)) and (
+      len(lengths) == len(train_ends) == len(users) == description["users"] and len(ids) == description["items"]
+      and len(lengths) > 0 and lengths.min() > 0 and lengths.max() <= INT32 and max(len(users), len(ids)) < INT32)
+  if fits:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    bounds = np.array(first_users)
+    fits = bool((offsets[:-1] <= train_ends).all() and (train_ends <= offsets[1:]).all()
+                and all(target.size and target[0] >= 0 and target[-1] < offsets[-1] and (np.diff(target) > 0).all()
+                        for target in targets)
+                and bounds.dtype.kind == "i" and bounds[0] == 0 and bounds[-1] == len(users)
+                and len(bounds) == len(made["shards"]) + 1 and (np.diff(bounds) >= 0).all()
+                and offsets[-1] == description["interactions"])
+  if not fits:
+    raise TypeError("its counts, lengths and numbers do not go together")
+  split = splits.Split(made["rules"]["split.name"], description["split"]["words"], train_ends,
+                       dict(zip(splits.HELD_OUT, targets, strict=True)))
   titles = {at: title for at, title in enumerate(items.column("title").to_pylist(), start=1) if title is not None}
-  corpus = Corpus(
-      records.Records(folder, made["shards"], np.array(made["users_of_shards"]), offsets), offsets, split, users,
-      np.concatenate([np.zeros(1, ids.dtype), ids]), titles, data.name or made["description"]["name"], None,
-      np.concatenate([[0], items.column("trained").to_numpy()]), made["description"])
-  return corpora.check(corpus, data)
+  return Corpus(
+      records.Records(folder, made["shards"], bounds, offsets, len(ids)), offsets, split, users,
+      np.concatenate([np.zeros(1, ids.dtype), ids]), titles, data.name or description["name"], None,
+      np.concatenate([[0], trained]), description)
 
 
 def prepare(data: ml_collections.ConfigDict, out: str | os.PathLike[str], memory: int) -> dict[str, Any]:
@@ -175,13 +207,18 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / "prepared.json"
   try:
-    made = json.loads(path.read_text())
+    made = parse_json(path.read_text(), "it")
+    check_kinds(made, KINDS, "it")
     if made["schema"] != SCHEMA:
       raise ValueError(f"its schema is {made['schema']}, and {SCHEMA} is read here")
-    lacking = {"rules", "description", "statistics", "shards", "users_of_shards", "files"} - made.keys()
+    lacking = KINDS.keys() - made.keys()
     if lacking:
       raise ValueError(f"it has no {', '.join(sorted(lacking))}")
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    check_names([*made["files"], *made["shards"]], "it")
+    unsaid = {*FILES, *made["shards"]} - made["files"].keys()
+    if unsaid:
+      raise ValueError(f"it does not say what {', '.join(sorted(unsaid))} had been")
+  except (OSError, ValueError) as error:
     raise ValueError(f"{path} cannot be read ({error}); prepare the corpus again") from error
   return made
 

@@ -20,7 +20,8 @@ NAME = "awrsr_corpus"
 class Records:
   """The (N,) int32 items of a corpus in array_record files; reads like an array, at random, in constant memory."""
 
-  def __init__(self, folder: pathlib.Path, shards: list[str], users_of_shards: np.ndarray, offsets: np.ndarray):
+  def __init__(self, folder: pathlib.Path, shards: list[str], users_of_shards: np.ndarray, offsets: np.ndarray,
+               num_items: int = 2**31 - 1):
     """Opens the files.
 
     Args:
@@ -28,11 +29,13 @@ class Records:
       shards: their names.
       users_of_shards: (S + 1,) the first user of each, and U.
       offsets: (U + 1,) of the corpus.
+      num_items: I; a larger number in a history is an error when it is read.
 
     Raises:
       ValueError: a file does not hold the users that it should.
     """
     self._folder, self._shards, self._first_user, self._offsets = folder, shards, users_of_shards, offsets
+    self._num_items = num_items
     self._of_thread = threading.local()  # a reader is not for several threads
     for shard, expected in enumerate(np.diff(users_of_shards)):
       found = self._reader(shard).num_records()
@@ -51,7 +54,7 @@ class Records:
     start, stop, _ = place.indices(len(self))
     first, last = users_of(self._offsets, np.array([start, max(stop - 1, start)]))
     histories = list(self._read_range(int(first), int(last) + 1))
-    return np.concatenate(histories)[start - self._offsets[first]:stop - self._offsets[first]]
+    return self._check(np.concatenate(histories)[start - self._offsets[first]:stop - self._offsets[first]])
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.asarray(self[:], dtype)
@@ -70,7 +73,14 @@ class Records:
       from_end = self._offsets[users + 1] - ends[rows] + count
       for row, record, k, back in zip(rows.tolist(), records, count.tolist(), from_end.tolist(), strict=True):
         rows_BxL[row, length - k:] = np.frombuffer(record, "<i4", k, len(record) - 4 * back)
-    return rows_BxL
+    return self._check(rows_BxL)
+
+  def _check(self, items: np.ndarray) -> np.ndarray:
+    """Returns items whose numbers are all in the catalogue."""
+    if items.size and not (items.min() >= 0 and items.max() <= self._num_items):
+      raise ValueError(f"{self._folder} has histories with item numbers that none of its {self._num_items} items has; "
+                       "prepare the corpus again")
+    return items
 
   def _read_range(self, first: int, last: int) -> Iterator[np.ndarray]:
     """Yields the histories of users first .. last - 1."""

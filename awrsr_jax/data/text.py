@@ -6,6 +6,7 @@
 Ids are whole numbers from 1 (0 is padding everywhere in this package), separated by spaces or tabs.
 """
 
+import collections
 import itertools
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from awrsr_jax.data.lines import read_lines, shorten
 from awrsr_jax.data.log import Interactions
 
 LOG = logging.getLogger(__name__)
@@ -29,9 +31,11 @@ def read_bytes(path: str, limit: int | None) -> bytes:
     Its bytes.
 
   Raises:
-    ValueError: there is no such file or it cannot be read.
+    ValueError: there is no such file or it cannot be read; or all of it is wanted, and a line is endless.
   """
   try:
+    if limit is None:
+      collections.deque(read_lines(path), maxlen=0)  # before anything is kept of a file that is one endless line
     with open(path, "rb") as file:
       return file.read(limit)
   except OSError as error:
@@ -179,8 +183,8 @@ def _parse(tokens: list[list[str]], counts: np.ndarray, lines: list[int], path: 
     line, token = next((line, token) for row, line in zip(tokens, lines, strict=True) for token in row
                        if not _is_int64(token))
     is_number = token.lstrip("+-").isdigit()
-    raise ValueError(f"{path}:{line}: {token!r} is {'too large for 64 bits' if is_number else 'not a number'}; ids "
-                     "are whole numbers, separated by spaces or tabs") from error
+    raise ValueError(f"{path}:{line}: {shorten(token)} is {'too large for 64 bits' if is_number else 'not a number'}; "
+                     "ids are whole numbers, separated by spaces or tabs") from error
   line_of_token = np.repeat(np.array(lines), counts)
   is_user = np.zeros(values.size, dtype=bool)
   is_user[np.cumsum(counts) - counts] = True

@@ -29,9 +29,12 @@ from awrsr_jax.engine import processes
 from awrsr_jax.engine.mesh import pieces
 from awrsr_jax.engine.run_folder import is_remote
 from awrsr_jax.engine.state import TrainState
+from awrsr_jax.foreign import check_kinds, parse_json
 
 LOG = logging.getLogger(__name__)
 SCHEMA = 2
+KINDS = {"step": int, "best_step": int, "checksums": {...: int}, "ids_sha256": str, "config": dict,
+         "corpus": {"items": int}}  # of a record
 KEPT_LATEST = 2
 
 
@@ -198,11 +201,16 @@ def read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def check_record(stored: dict[str, Any]) -> dict[str, Any]:
   """Returns the record inside of what is stored of it; raises ValueError when it is not what was saved."""
-  record = stored.get("content", {})
-  if hash_json(record) != stored.get("sha256"):
+  with reading():
+    text = json.dumps(stored)
+  found = parse_json(text, "its record")
+  check_kinds(found, {"content": dict, "sha256": str}, "its record")
+  record = found["content"]
+  if hash_json(record) != found["sha256"]:
     raise ValueError("its record was changed after saving")
   if record.get("schema") != SCHEMA:
     raise AnotherSchema(f"its schema is {record.get('schema')}, this version reads {SCHEMA}")
+  check_kinds(record, KINDS, "its record")
   return record
 
 
@@ -227,8 +235,9 @@ def restore_ids(manager: ocp.CheckpointManager, step: int, record: dict[str, Any
     ids = manager.restore(step, args=ocp.args.Composite(ids=ocp.args.StandardRestore()))["ids"]
   if hash_arrays(ids) != record["ids_sha256"]:
     raise ValueError("its item ids are damaged")
-  items = decode_texts(ids["items"])
-  return np.array(items, np.int64 if record.get("ids_are_numbers") else object), decode_texts(ids["titles"])
+  with reading():
+    items, titles = decode_texts(ids["items"]), decode_texts(ids["titles"])
+    return np.array(items, np.int64 if record.get("ids_are_numbers") else object), titles
 
 
 def is_of_machine(error: Exception) -> bool:

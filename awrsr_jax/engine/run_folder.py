@@ -32,6 +32,7 @@ from tensorboardX.summary import scalar
 
 from awrsr_jax.config import walk
 from awrsr_jax.data.batches import RankingBatches, history_lengths
+from awrsr_jax.foreign import check_kinds, parse_json
 
 LOG = logging.getLogger(__name__)
 # Keys that a resumed run may have changed, and why that is safe.
@@ -44,6 +45,10 @@ FREE_KEYS = {
     "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
     "eval.keep_ranks",  # a file more or less
 }
+IDS = pyarrow.int64(), pyarrow.string(), pyarrow.large_string()
+NUMBERS = pyarrow.int32(), pyarrow.int64()
+KINDS_OF_RANKS = {"user": IDS, "item": IDS, "rank": (pyarrow.float32(), pyarrow.float64()), "history": NUMBERS,
+                  "trained": NUMBERS}
 
 
 class DiskFull(Exception):
@@ -78,7 +83,8 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
     path.write_bytes(content)
     return
   temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as file:
+  temporary.unlink(missing_ok=True)  # a link in a folder of others would be followed
+  with open(temporary, "xb") as file:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
@@ -100,7 +106,7 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir") -> TextIO:
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = io.StringIO() if is_remote(folder) else (folder / ".lock").open("w")
+    lock = io.StringIO() if is_remote(folder) else (folder / ".lock").open("a")
   except OSError as error:
     raise ValueError(f"{flag}={folder} cannot be written: {error.strerror}; choose another folder") from error
   except ImportError as error:
@@ -149,12 +155,11 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads a JSON file of a run folder.
 
   Raises:
-    ValueError: it is missing or damaged.
+    ValueError: it is missing or damaged; or, when it is asked for, a key is.
   """
   try:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-      raise ValueError("it is no JSON object")
+    content = parse_json(path.read_text(), str(path))
+    check_kinds(content, {}, "it")
   except (OSError, ValueError) as error:
     raise ValueError(f"{path} cannot be read ({error}); restore it, or start in another --workdir") from error
   return content
@@ -201,8 +206,15 @@ def read_ranks(path: epath.Path) -> dict[str, np.ndarray]:
   """
   try:
     table = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()))
-    return {name: table.column(name).to_numpy() for name in ("user", "item", "rank", "history", "trained")}
-  except (OSError, KeyError, pyarrow.ArrowException) as error:
+    columns = {name: table.column(name) for name in ("user", "item", "rank", "history", "trained")}
+    for name, column in columns.items():
+      if column.null_count or column.type not in KINDS_OF_RANKS[name]:
+        raise ValueError(f"its column {name!r} is {column.type}, with {column.null_count} empty places")
+    found = {name: column.to_numpy() for name, column in columns.items()}
+    if not (np.isfinite(found["rank"]) & (found["rank"] >= 1)).all():
+      raise ValueError("ranks count from 1")
+    return found
+  except (OSError, ValueError, KeyError, MemoryError, pyarrow.ArrowException) as error:
     raise ValueError(f"{path} cannot be read ({error}); a run writes it when it is complete and config.eval.keep_ranks "
                      "is set: train again in another --workdir") from error
 
@@ -334,10 +346,10 @@ def keep_lines(path: epath.Path, last_step: int) -> str:
   kept = []
   for line in path.read_bytes().splitlines(keepends=True):
     try:
-      content = json.loads(line)
+      content = parse_json(line, "it")
       if line.endswith(b"\n") and (content["step"], content["split"] != "train") <= (last_step, False):
         kept.append(line.decode())
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, TypeError):
       LOG.warning("%s: dropped a damaged line: %r", path, line[:80])
   text = "".join(kept)
   write_text(path, text)

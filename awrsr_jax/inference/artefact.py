@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from awrsr_jax.config import walk
 from awrsr_jax.data.prepared import hash_file
 from awrsr_jax.engine.ranking import describe_protocol
 from awrsr_jax.engine.run_folder import is_remote, nest
+from awrsr_jax.foreign import parse_json, plain
 from awrsr_jax.inference import standalone
 from awrsr_jax.inference.standalone import Id
 from awrsr_jax.inference.top import Top, take_top
@@ -234,11 +236,11 @@ def read_validation(trained: Trained) -> dict[str, float] | None:
     return None
   for line in lines:
     try:
-      values = json.loads(line)
+      values = parse_json(line, "it")
       if values.pop("split") == "valid" and values.pop("step") == trained.step:
         values.pop("epoch", None)
         return values
-    except (ValueError, KeyError, AttributeError):  # a line that is being written
+    except (ValueError, KeyError, TypeError, AttributeError):  # a line that is being written
       continue
   return None
 
@@ -250,7 +252,7 @@ It gives up to {k} items for a history of raw item ids, of any user; it looks at
 
 ```sh
 pip install "jax=={jax}" numpy flatbuffers      # jax[cuda13], jax[tpu] where there is such a device
-echo '[{example}]' > histories.jsonl
+echo {words} > histories.jsonl
 python recommender.py histories.jsonl 5         # a JSON line a history: items, scores, titles
 ```
 
@@ -284,7 +286,8 @@ def write_readme(about: dict[str, Any], item_ids: list[Id]) -> str:
   """Returns README.md for a manifest; its examples have raw ids of this catalogue."""
   corpus = about["corpus"]
   return README.format(
-      backbone=about["config"]["model"]["backbone"], corpus=corpus["name"] or "data of your own", items=about["items"],
+      backbone=about["config"]["model"]["backbone"], corpus=plain(corpus["name"]) or "data of your own",
+      words=shlex.quote(json.dumps(item_ids[:2], ensure_ascii=False)), items=about["items"],
       fingerprint=corpus["fingerprint"][:12], step=about["step"], k=about["k"], length=about["length"],
       jax=about["jax_version"], platforms=", ".join(about["platforms"]),
       example=", ".join(json.dumps(raw, ensure_ascii=False) for raw in item_ids[:2]))

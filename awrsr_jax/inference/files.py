@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -29,6 +30,7 @@ from etils import epath
 
 import awrsr_jax
 from awrsr_jax.engine.run_folder import lock_folder, read_json, write_bytes, write_json
+from awrsr_jax.foreign import INT64, shorten
 from awrsr_jax.inference.histories import Histories, find_files, read_histories
 from awrsr_jax.inference.standalone import NAMED
 from awrsr_jax.inference.trained import Trained
@@ -39,7 +41,8 @@ AT_ONCE = 256  # of standard output
 FORMATS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".ndjson": "jsonl", ".ndjson.gz": "jsonl", ".csv": "csv",
            ".csv.gz": "csv", ".parquet": "parquet"}
 COLUMNS = ("user", "rank", "item", "score", "title")
-INT64 = range(-2**63, 2**63)
+SHOWN = 200  # letters of an id or a title, in text that is made to be read
+CONTROL = re.compile("[\x7f-\x9f]")
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -245,8 +248,14 @@ def _to_json(trained: Trained, histories: Histories, found: list[Any], job: Job)
       line["unknown"] = len(unknown)
     if job.explain and len(numbers):
       line["explanation"] = _explain(trained, numbers, scores, items)
-    lines.append(ENCODE(line) + "\n")
+    lines.append(encode(line) + "\n")
   return "".join(lines)
+
+
+def encode(line: dict[str, Any]) -> str:
+  """Returns a line of JSON; control characters that JSON may hold as they are, and terminals obey, are escaped too."""
+  text = ENCODE(line)
+  return text if text.isascii() else CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _digits(scores: np.ndarray) -> np.ndarray:
@@ -269,12 +278,13 @@ def _to_text(trained: Trained, histories: Histories, found: list[Any], first: in
   lines = []
   for row, (user, numbers, unknown) in enumerate(zip(
       histories.users, histories.numbered, histories.unknown, strict=True)):
-    name = f"history {first + row + 1}" if user is None else f"user {user}"
+    name = f"history {first + row + 1}" if user is None else f"user {shorten(user, SHOWN)}"
     lines.append(f"{name}: {len(numbers)} items{f', {len(unknown)} unknown ones skipped' if unknown else ''}")
     scores, items = found[row]
-    named = trained.catalogue.name(scores, items)
-    width = max((len(str(item)) for item, _, _ in named), default=0)
-    lines += [f"  {rank:3}  {item!s:>{width}}  {score:9.4f}  {title}".rstrip()
+    named = [(shorten(item, SHOWN), score, shorten(title, SHOWN))
+             for item, score, title in trained.catalogue.name(scores, items)]
+    width = max((len(item) for item, _, _ in named), default=0)
+    lines += [f"  {rank:3}  {item:>{width}}  {score:9.4f}  {title}".rstrip()
               for rank, (item, score, title) in enumerate(named, start=1)]
   return "\n".join(lines) + "\n"
 

@@ -16,6 +16,7 @@ import json
 import logging
 import pathlib
 import sys
+import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from jax import export as jax_export
 
 LOG = logging.getLogger(__name__)
 SCHEMA = 1  # of manifest.json
+SAID = {"bytes", "sha256"}  # of each file
+READ = {"model.stablehlo", "params.npz", "items.json"}  # beside it
 BATCH = 256  # histories of one call, at most
 NAMED = 5  # unknown items named in a message, at most
 AGAIN = "copy the artefact again, or export it again from its run"
@@ -145,12 +148,13 @@ class Recommender:
     check_files(self.folder, self.manifest)
     self.k, self.length = self.manifest["k"], self.manifest["length"]
     self.unknown = 0
-    with (self.folder / "items.json").open(encoding="utf-8") as file:
-      items = json.load(file)
-    self.catalogue = Catalogue(items["ids"], items["titles"] or [""] * len(items["ids"]), str(self.folder))
+    self.catalogue = read_catalogue(self.folder, self.manifest["items"])
     self.exported = read_model(self.folder, self.manifest)
-    with np.load(self.folder / "params.npz", allow_pickle=False) as arrays:
-      self._params = {name: jax.device_put(arrays[name]) for name in arrays.files}
+    try:
+      with np.load(self.folder / "params.npz", allow_pickle=False) as arrays:
+        self._params = {name: jax.device_put(arrays[name]) for name in arrays.files}
+    except (ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+      raise ValueError(f"{self.folder / 'params.npz'} cannot be read ({error}); {AGAIN}") from error
     self._all = jax.device_put(np.ones(self.manifest["rows"], bool))
     self._call = jax.jit(self.exported.call)
 
@@ -241,7 +245,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   except FileNotFoundError as error:
     raise ValueError(f"{folder} is no artefact: it has no manifest.json; give a folder that python -m awrsr_jax.export "
                      "made") from error
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f"{path} cannot be read ({error}); {AGAIN}") from error
   schema = manifest.get("schema") if isinstance(manifest, dict) else None
   if schema != SCHEMA:
@@ -250,6 +254,12 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   lacking = {"files", "k", "length", "rows", "items", "jax_version", "platforms"} - manifest.keys()
   if lacking:
     raise ValueError(f"{path} has no {', '.join(sorted(lacking))}; {AGAIN}")
+  files = manifest["files"]
+  if not (isinstance(files, dict) and files.keys() >= READ and all(
+      pathlib.PurePath(name).name == name != ".." and isinstance(expected, dict) and {*expected} >= SAID
+      for name, expected in files.items())):
+    raise ValueError(f"{path}: its files are not size and hash of {', '.join(sorted(READ))} and others of its folder; "
+                     f"{AGAIN}")
   return manifest
 
 
@@ -273,6 +283,25 @@ def check_files(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
                        f"{expected['sha256']}; {AGAIN}")
 
 
+def read_catalogue(folder: pathlib.Path, count: Any) -> Catalogue:
+  """Returns the items of an artefact.
+
+  Raises:
+    ValueError: items.json is damaged, or does not have so many.
+  """
+  path = folder / "items.json"
+  try:
+    items = json.loads(path.read_text(encoding="utf-8"))
+    ids, titles = items["ids"], items["titles"]
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); {AGAIN}") from error
+  titles = [""] * count if titles is None and type(count) is int else titles
+  if not (type(ids) is type(titles) is list and len(ids) == len(titles) == count
+          and {int, str} >= set(map(type, ids)) and {str} >= set(map(type, titles))):
+    raise ValueError(f"{path} does not hold {count} ids with a title each; {AGAIN}")
+  return Catalogue(ids, titles, str(folder))
+
+
 def read_model(folder: pathlib.Path, manifest: dict[str, Any]) -> jax_export.Exported:
   """Returns the program, without compiling it.
 
@@ -288,7 +317,10 @@ def read_model(folder: pathlib.Path, manifest: dict[str, Any]) -> jax_export.Exp
     raise ValueError(f"{path} was written by JAX {manifest['jax_version']} and cannot be read by JAX "
                      f"{jax.__version__}: {error}. Exported programs are read by JAX of up to 6 months later: use an "
                      "older JAX, or export again from the run with a newer one") from error
-  found = exported.in_avals[-3].shape[1], exported.in_avals[-1].shape[0], exported.out_avals[0].shape[1]
+  try:
+    found = exported.in_avals[-3].shape[1], exported.in_avals[-1].shape[0], exported.out_avals[0].shape[1]
+  except IndexError as error:
+    raise ValueError(f"{path} is another program, with {len(exported.in_avals)} inputs; {AGAIN}") from error
   if found != (manifest["length"], manifest["rows"], manifest["k"]):
     raise ValueError(f"{folder / 'manifest.json'} says length {manifest['length']}, rows {manifest['rows']} and "
                      f"k {manifest['k']}, and the program has {found}; {AGAIN}")
@@ -325,7 +357,7 @@ def read_histories(path: str) -> list[list[Id]]:
           if not isinstance(history, list):
             raise ValueError(f"line {number} is {line.strip()[:80]!r}, not a list of raw item ids")
           histories.append(history)
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, RecursionError) as error:
     raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
   except (OSError, ValueError) as error:
     raise ValueError(f"{path} cannot be read: {error}") from error

@@ -282,12 +282,18 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, model_devices
         chosen = _choose_step(folder, manager, steps)
       record = checkpoint.read_record(manager, chosen)
       config = restore(record["config"], f"checkpoint {chosen} of {workdir}")
-      backbone = build_backbone(config, record["corpus"]["items"])
+      items = record["corpus"]["items"]
+      if not 0 < items < np.iinfo(np.int32).max:
+        raise ValueError(f"it is said to have {items} items")
+      backbone = build_backbone(config, items)
       mesh = _make_mesh(config, model_devices)
       inputs = jax.ShapeDtypeStruct((1, config.data.max_length), jnp.int32)
-      shapes = jax.eval_shape(backbone.init, jax.random.key(0), inputs)["params"]
+      with checkpoint.reading():
+        shapes = jax.eval_shape(backbone.init, jax.random.key(0), inputs)["params"]
       params = checkpoint.restore_params(manager, chosen, meshes.template(mesh, shapes), record)
       item_ids, titles = checkpoint.restore_ids(manager, chosen, record)
+      if not len(item_ids) == len(titles) == items:
+        raise ValueError(f"it has {len(item_ids)} ids and {len(titles)} titles of {items} items")
     except ValueError as error:
       others = [other for other in steps if other != chosen]
       raise ValueError(f"checkpoint {chosen} of {workdir} cannot be loaded: {error}"
