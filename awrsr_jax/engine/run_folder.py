@@ -211,8 +211,9 @@ def read_ranks(path: epath.Path) -> dict[str, np.ndarray]:
       if column.null_count or column.type not in KINDS_OF_RANKS[name]:
         raise ValueError(f"its column {name!r} is {column.type}, with {column.null_count} empty places")
     found = {name: column.to_numpy() for name, column in columns.items()}
-    if not (np.isfinite(found["rank"]) & (found["rank"] >= 1)).all():
-      raise ValueError("ranks count from 1")
+    broken = ~(np.isfinite(found["rank"]) & (found["rank"] >= 1))
+    if broken.any():
+      raise ValueError(f"it holds {broken.sum()} ranks that are not 1 or more")
     return found
   except (OSError, ValueError, KeyError, MemoryError, pyarrow.ArrowException) as error:
     raise ValueError(f"{path} cannot be read ({error}); a run writes it when it is complete and config.eval.keep_ranks "

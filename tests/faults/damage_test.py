@@ -154,7 +154,7 @@ REFUSED = {
     "config.json is cut": (
         lambda workdir: os.truncate(workdir / "config.json", 100), "config.json cannot be read .*restore it, or start"),
     "config.json is no JSON object": (
-        lambda workdir: (workdir / "config.json").write_text("[]"), "config.json cannot be read .it is no JSON object"),
+        lambda workdir: (workdir / "config.json").write_text("[]"), r"cannot be read .it is \[\], not a JSON object"),
     "config.json was edited": (
         edit("config.json", train__learning_rate=0.02), "learning_rate: 0.02 there, 0.01 now.*Use the same config, or"),
     "config.json lost a key": (
