@@ -1,9 +1,9 @@
 """Prints docs/reliability.md: what was done to runs, what happened, and how often; from a log of tests/faults.
 
-  export AWRSR_FAULTS_LOG=/tmp/faults.jsonl
+  export AWRSR_FAULTS_LOG=$PWD/faults.jsonl
   bash launch/test.sh tests/faults
   bash launch/test.sh --faults
-  python docs/reliability.py /tmp/faults.jsonl > docs/reliability.md
+  python docs/reliability.py faults.jsonl > docs/reliability.md
 """
 
 import json

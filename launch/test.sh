@@ -10,8 +10,8 @@ runs the tests there:
   .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder   all, two files at a time
   .venv/bin/python -m pytest -q [flags]    with flags
   .venv/bin/python -m pytest -q -m faults tests/faults [flags]    with --faults: the long part of tests/faults, which
-kills real runs at some hundred moments and damages every file (about an hour on two idle cores; as root, on Linux, for
-the full disks). With AWRSR_FAULTS_LOG=FILE each of these tests notes what it did, see docs/reliability.py.
+kills real runs at some hundred moments and damages every file (as root, on Linux, for the full disks). With
+AWRSR_FAULTS_LOG=FILE each of these tests notes what it did, see docs/reliability.py.
 
 Paths count from the top level, whatever the current directory.
 

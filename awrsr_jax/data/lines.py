@@ -34,16 +34,26 @@ def check_gzip(path: str) -> None:
                      "set --config.data.path to another file") from error
 
 
+def read_raw_lines(opened: Any, file: str) -> Iterator[bytes]:
+  """Yields the lines of a file that is open for its bytes, with their ends.
+
+  Raises:
+    ValueError: one has more than LONGEST_LINE bytes.
+  """
+  for number in itertools.count(1):
+    line = opened.readline(LONGEST_LINE + 1)
+    if not line:
+      return
+    if len(line) > LONGEST_LINE:
+      raise ValueError(f"{file}:{number}: {quote(line[:100].decode(errors='replace'))}: a line of more than "
+                       f"{LONGEST_LINE} bytes; is this the right file?")
+    yield line
+
+
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
   """Yields number and text of the lines of a file; a byte order mark is dropped, bytes that are no text are shown."""
   with open_file(file) as opened:
-    for number in itertools.count(1):
-      line = opened.readline(LONGEST_LINE + 1)
-      if not line:
-        return
-      if len(line) > LONGEST_LINE:
-        raise ValueError(f"{file}:{number}: {shorten(line[:100].decode(errors='replace'))}: a line of more than "
-                         f"{LONGEST_LINE} bytes; is this the right file?")
+    for number, line in enumerate(read_raw_lines(opened, file), start=1):
       text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="backslashreplace")
       yield number, text.rstrip("\r\n")
 
@@ -97,7 +107,7 @@ def count_records(file: str, delimiter: str) -> int:
     for record in csv.reader(feed(), delimiter=delimiter, skipinitialspace=True):
       text = "".join(read)
       if '" ' in text and joined.match(text):
-        raise ValueError(f"{file}:{first}: {shorten(text)}: two values in quotes without a {delimiter!r} between them; "
+        raise ValueError(f"{file}:{first}: {quote(text)}: two values in quotes without a {delimiter!r} between them; "
                          "mend the file")
       first += len(read)
       read.clear()
@@ -107,7 +117,7 @@ def count_records(file: str, delimiter: str) -> int:
     *_, (number, text) = find_records(file, delimiter, has_quotes=True)
   except csv.Error as error:
     raise ValueError(f"{file}: {error}; a line ends in \\n or \\r\\n, and a quote is closed again") from error
-  raise ValueError(f"{file}:{number}: {shorten(text)}: a quote that is never closed; mend the file")
+  raise ValueError(f"{file}:{number}: {quote(text)}: a quote that is never closed; mend the file")
 
 
 def holds(file: str, byte: bytes) -> bool:
@@ -128,6 +138,6 @@ def open_file(file: str) -> Any:
   return gzip.open(file, "rb") if file.lower().endswith(".gz") else open(file, "rb")
 
 
-def shorten(text: str) -> str:
+def quote(text: str) -> str:
   """Returns the first 100 characters of a text, quoted."""
   return repr(text.strip()[:100])

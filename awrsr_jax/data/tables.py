@@ -19,16 +19,16 @@ import pyarrow
 import pyarrow.parquet
 
 from awrsr_jax.data.lines import (
-    BLANKS,
-    LONGEST_LINE,
-    check_gzip,
-    count_lines,
-    count_records,
-    find_records,
-    holds,
-    mixes_line_ends,
-    read_lines,
-    shorten,
+  BLANKS,
+  LONGEST_LINE,
+  check_gzip,
+  count_lines,
+  count_records,
+  find_records,
+  holds,
+  mixes_line_ends,
+  quote,
+  read_lines,
 )
 from awrsr_jax.data.log import Log, first_line, is_about_space
 
@@ -271,7 +271,7 @@ def _scan_json(files: list[str], data: Any) -> tuple[str, list[str]]:
       if isinstance(row, dict):
         found |= dict.fromkeys(row)
       elif data.on_bad_row == "error":
-        raise ValueError(f"{file}:{number}: {shorten(line)} is not a JSON object; JSON lines hold one a line. Mend the "
+        raise ValueError(f"{file}:{number}: {quote(line)} is not a JSON object; JSON lines hold one a line. Mend the "
                          "file, or leave such rows out with --config.data.on_bad_row=skip")
     if not found:
       raise ValueError(f"{file} has no lines with a JSON object ({os.path.getsize(file)} bytes); set "
@@ -318,7 +318,7 @@ def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_ba
         kind == "UNQUOTED VALUE" and ("\n" in text.strip() or mixes_line_ends(file)))
     if on_bad_row == "error" or swallowed:
       way_out = "" if swallowed else ", or leave such rows out with --config.data.on_bad_row=skip"
-      raise ValueError(f"{file}:{count_lines(file, place)}: {shorten(text)}: {first_line(message)} ({len(found)} lines "
+      raise ValueError(f"{file}:{count_lines(file, place)}: {quote(text)}: {first_line(message)} ({len(found)} lines "
                        f"are bad); mend the file{way_out}")
   if found:
     LOG.warning("%d lines of %s are bad and were left out (config.data.on_bad_row=skip)", len(found), ", ".join(files))
@@ -337,7 +337,7 @@ def _locate(files: list[str], kind: str, row: int, has_header: bool, delimiter: 
       count = 0
       for number, text in itertools.islice(find_records(file, delimiter, has_quotes), has_header, None):
         if count == row:
-          return f"{file}:{number}: {shorten(text)}"
+          return f"{file}:{number}: {quote(text)}"
         count += 1
     row -= count
   return files[-1]

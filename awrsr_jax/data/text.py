@@ -6,7 +6,6 @@
 Ids are whole numbers from 1 (0 is padding everywhere in this package), separated by spaces or tabs.
 """
 
-import collections
 import itertools
 import logging
 import os
@@ -14,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from awrsr_jax.data.lines import read_lines, shorten
+from awrsr_jax.data.lines import quote, read_raw_lines
 from awrsr_jax.data.log import Interactions
 
 LOG = logging.getLogger(__name__)
@@ -34,10 +33,8 @@ def read_bytes(path: str, limit: int | None) -> bytes:
     ValueError: there is no such file or it cannot be read; or all of it is wanted, and a line is endless.
   """
   try:
-    if limit is None:
-      collections.deque(read_lines(path), maxlen=0)  # before anything is kept of a file that is one endless line
     with open(path, "rb") as file:
-      return file.read(limit)
+      return b"".join(read_raw_lines(file, path)) if limit is None else file.read(limit)
   except OSError as error:
     raise ValueError(f"cannot read {path}: {error.strerror}; set --config.data.path=FILE to one that can be") from error
 
@@ -183,7 +180,7 @@ def _parse(tokens: list[list[str]], counts: np.ndarray, lines: list[int], path: 
     line, token = next((line, token) for row, line in zip(tokens, lines, strict=True) for token in row
                        if not _is_int64(token))
     is_number = token.lstrip("+-").isdigit()
-    raise ValueError(f"{path}:{line}: {shorten(token)} is {'too large for 64 bits' if is_number else 'not a number'}; "
+    raise ValueError(f"{path}:{line}: {quote(token)} is {'too large for 64 bits' if is_number else 'not a number'}; "
                      "ids are whole numbers, separated by spaces or tabs") from error
   line_of_token = np.repeat(np.array(lines), counts)
   is_user = np.zeros(values.size, dtype=bool)

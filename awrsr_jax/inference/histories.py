@@ -25,7 +25,7 @@ import pyarrow.parquet
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import log as logs
 from awrsr_jax.data import prepared, readers, rules
-from awrsr_jax.data.lines import BLANKS, LONGEST_LINE, check_gzip, open_file, read_lines, shorten
+from awrsr_jax.data.lines import BLANKS, LONGEST_LINE, check_gzip, open_file, quote, read_lines
 from awrsr_jax.data.tables import kind_of, list_files
 from awrsr_jax.inference.standalone import Id
 from awrsr_jax.inference.trained import Trained
@@ -172,15 +172,15 @@ def _read_lines(files: list[str], first: int, names: list[str]) -> Iterator[Row]
     try:
       row = json.loads(line)
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{file}:{number}: {shorten(line)} is no JSON ({error}); {FORM}") from error
+      raise ValueError(f"{file}:{number}: {quote(line)} is no JSON ({error}); {FORM}") from error
     user: Any = None
     items: Any = row
     if isinstance(row, dict):
       user, items = next((row[name] for name in names if name in row), None), row.get("items")
       if len(names) == 1 and names[0] not in row:
-        raise ValueError(f"{file}:{number}: {shorten(line)} has no {names[0]!r}, which --user_column names")
+        raise ValueError(f"{file}:{number}: {quote(line)} has no {names[0]!r}, which --user_column names")
     if complaint := _complain(user, items):
-      raise ValueError(f"{file}:{number}: {shorten(line)} is no history: {complaint}; {FORM}")
+      raise ValueError(f"{file}:{number}: {quote(line)} is no history: {complaint}; {FORM}")
     yield user, items
 
 
@@ -195,19 +195,19 @@ def _lines_of(file: str) -> Iterator[tuple[int, str]]:
       return
     text = line.decode(errors="backslashreplace").removeprefix(BOM if number == 1 else "").rstrip("\r\n")
     if len(line) > LONGEST_LINE:
-      raise ValueError(f"-:{number}: {shorten(text[:100])}: a line of more than {LONGEST_LINE} bytes")
+      raise ValueError(f"-:{number}: {quote(text[:100])}: a line of more than {LONGEST_LINE} bytes")
     yield number, text
 
 
 def _complain(user: Any, items: Any) -> str:
   """Returns what is wrong with a history, or ""."""
   if type(items) is not list:
-    return f"its items are {shorten(json.dumps(items))}, not a list"
+    return f"its items are {quote(json.dumps(items))}, not a list"
   if not IDS.issuperset(map(type, items)):
     wrong = next(raw for raw in items if type(raw) not in IDS)
-    return f"{shorten(json.dumps(wrong, default=str))} is no item id"
+    return f"{quote(json.dumps(wrong, default=str))} is no item id"
   if user is not None and type(user) not in IDS:
-    return f"{shorten(json.dumps(user, default=str))} is no user id"
+    return f"{quote(json.dumps(user, default=str))} is no user id"
   if type(user) is str and not user.isascii() and re.search("[\ud800-\udfff]", user):
     return "its user is half of a UTF-16 pair, which is no text"
   return ""
