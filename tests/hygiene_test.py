@@ -1,6 +1,7 @@
 """What can be known without running the code: lint, types, shell scripts, and that nothing that is loaded is run."""
 
 import ast
+import json
 import pathlib
 import shutil
 import subprocess
@@ -17,17 +18,44 @@ RUNNING = {"__import__", "eval", "exec", "run_path"}
 RUN_BY_DESIGN = [("awrsr_jax/analysis/grid.py", "run_path")] * 2  # a grid, and the configs that it names
 
 
+def find_tool(tool):
+  path = shutil.which(tool, path=sysconfig.get_path("scripts"))
+  return path or pytest.skip(f"{tool} is not installed in {sys.prefix}; requirements.txt names it")
+
+
 @pytest.mark.parametrize("tool,arguments", [
     ("ruff", ["check", "--no-cache", "--quiet"]),
     ("mypy", ["--no-error-summary"]),
     ("shellcheck", ["--external-sources", *SCRIPTS]),
 ])
 def test_the_tools_have_nothing_to_say(tool, arguments):
-  path = shutil.which(tool, path=sysconfig.get_path("scripts"))
-  if not path:
-    pytest.skip(f"{tool} is not installed in {sys.prefix}; requirements.txt names it")
-  done = subprocess.run([path, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+  done = subprocess.run([find_tool(tool), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stdout + done.stderr
+
+
+def vulnerable(dependencies):
+  """Yields what pip-audit, in JSON, found in the packages that it knows."""
+  for package in dependencies:
+    yield from (f"{package['name']} {package['version']}: {found['id']}, fixed in {', '.join(found['fix_versions'])}"
+                for found in package.get("vulns", []))
+
+
+def test_no_installed_package_has_a_known_vulnerability():
+  done = subprocess.run([find_tool("pip-audit"), "--format=json", "--progress-spinner=off", "--timeout=10",
+                         f"--path={sysconfig.get_path('purelib')}"], capture_output=True, text=True, timeout=600)
+  try:
+    dependencies = json.loads(done.stdout)["dependencies"]
+  except ValueError:
+    pytest.skip(f"pip-audit cannot be asked here: {done.stderr[-200:]}")
+  if all("skip_reason" in package for package in dependencies):
+    pytest.skip(f"pip-audit knows no package here: {dependencies[0]['skip_reason']}")
+  assert not list(vulnerable(dependencies))
+
+
+def test_a_vulnerability_would_be_seen():
+  assert list(vulnerable([{"name": "a", "skip_reason": "unknown"}, {"name": "b", "version": "1", "vulns": []}, {
+      "name": "c", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3"]}]}])) == [
+          "c 2: PYSEC-1, fixed in 3"]
 
 
 def dangers(source):

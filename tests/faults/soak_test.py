@@ -1,0 +1,77 @@
+"""A run that is stopped and resumed in one process for hours: memory, open files, threads and disk stay flat."""
+
+import gc
+import itertools
+import os
+import pathlib
+import statistics
+import threading
+import time
+
+import jax
+import pytest
+import tiny_config
+
+from awrsr_jax.engine.processes import Preempted
+from awrsr_jax.engine.train import train
+
+ENDLESS = 1_000_000  # epochs
+
+
+def measure(workdir: pathlib.Path) -> dict[str, int]:
+  """Returns what this process and the checkpoints of a run hold: bytes of memory and disk, files, threads, arrays."""
+  gc.collect()
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  return {"memory": pages * os.sysconf("SC_PAGE_SIZE"), "open files": len(os.listdir("/proc/self/fd")),
+          "threads": len(os.listdir("/proc/self/task")), "Python threads": threading.active_count(),
+          "arrays": len(jax.live_arrays()),
+          "disk": sum(path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file())}
+
+
+def soak(workdir: pathlib.Path, seconds: float, calls: int) -> tuple[list[dict[str, int]], int, int]:
+  """Trains, evaluates and saves without end; every so many calls of a step or evaluation it is stopped and resumed.
+
+  Returns:
+    What was held after every stop, at least four; the number of steps, and that of evaluations.
+  """
+  config = tiny_config.get_config()
+  config.train.epochs, config.eval.every_epochs, config.checkpoint.every_steps = ENDLESS, 5, 10
+  samples, end = [], time.monotonic() + seconds
+  while len(samples) < 4 or time.monotonic() < end:
+    asked = itertools.count()
+    try:
+      train(config, workdir, lambda asked=asked: next(asked) > calls)
+    except Preempted as told:
+      step = int(str(told).split()[2])  # "at step S of T"
+    samples.append(measure(workdir))
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return samples, step, sum('"valid"' in line for line in lines)
+
+
+def test_a_run_that_is_stopped_and_resumed_leaves_nothing_open(tmp_path, record):
+  row = record("stopped and resumed in one process", "no file, thread or array is left behind", 0)
+  samples, _, evaluations = soak(tmp_path / "run", 0, 30)
+  row["count"] = len(samples)
+  assert evaluations > 2
+  for what in ("open files", "Python threads", "arrays"):
+    assert len({sample[what] for sample in samples[1:]}) == 1, (what, samples)
+
+
+@pytest.mark.faults
+@pytest.mark.skipif("AWRSR_SOAK_MINUTES" not in os.environ, reason="AWRSR_SOAK_MINUTES says how long")
+def test_hours_of_training_stay_flat(tmp_path, record):
+  minutes = float(os.environ["AWRSR_SOAK_MINUTES"])
+  row = record("", "")
+  samples, steps, evaluations = soak(tmp_path / "run", 60 * minutes, 500)
+  quarter = len(samples) // 4
+  middle = lambda part, what: statistics.median(sample[what] for sample in part)  # noqa: E731
+  held = {what: (middle(samples[quarter:2 * quarter], what), middle(samples[-quarter:], what)) for what in samples[0]}
+  figures = {what: f"{before / 2 ** 20:.1f} -> {after / 2 ** 20:.1f} MiB" if what in ("memory", "disk")
+             else f"{before:.0f} -> {after:.0f}" for what, (before, after) in held.items()}
+  row |= {"count": len(samples), "fault": f"{minutes:.0f} minutes of training, evaluation and saves in one process, "
+          f"stopped and resumed: {steps:,} steps, {evaluations:,} evaluations", "what happens":
+          "flat (medians of the second quarter -> of the last): "
+          + ", ".join(f"{what} {figure}" for what, figure in figures.items())}
+  print(row)
+  for what, (before, after) in held.items():
+    assert after <= 1.02 * before, (what, figures)
