@@ -1,8 +1,9 @@
-"""Prints docs/reliability.md: what was done to runs, what happened, and how often; from a log of tests/faults.
+"""Prints docs/reliability.md: what was done to runs and readers, what happened, and how often; from a log of the tests.
 
   export AWRSR_FAULTS_LOG=$PWD/faults.jsonl
-  bash launch/test.sh tests/faults
-  bash launch/test.sh --faults
+  bash launch/test.sh
+  AWRSR_SOAK_MINUTES=120 bash launch/test.sh --faults
+  AWRSR_FUZZ=1000 bash launch/test.sh tests/fuzz_test.py
   python docs/reliability.py faults.jsonl > docs/reliability.md
 """
 
@@ -13,8 +14,11 @@ import sys
 
 HEAD = """# What a run survives
 
-Each row is done to real runs by `tests/faults/`: the fast part with all tests, the long one by `bash launch/test.sh
---faults`. Count is how often it was done for this page, which `docs/reliability.py` made of a log of these tests.
+Each row is done by the test that it names: to real runs by `tests/faults/`, the fast part with all tests, the long
+one by `bash launch/test.sh --faults`; to readers of data, checkpoints and artefacts by the others. Count is how often
+it was done for this page, which `docs/reliability.py` made of a log of these tests. "Ends bit-equal" is: result,
+parameters and metric lines are those of an uninterrupted run, bit for bit. [security.md](security.md) says what is
+trusted and what is not.
 
 | fault | what happens | test | count | green |
 |---|---|---|---|---|"""
@@ -25,7 +29,7 @@ def main(path: str) -> None:
   found: dict[tuple[str, str, str], list[dict]] = {}
   for line in pathlib.Path(path).read_text().splitlines():
     row = json.loads(line)
-    test = re.sub(r"\[.*", "", row["test"]).replace("tests/faults/", "").replace("::", " ")
+    test = re.sub(r"\[.*", "", row["test"]).replace("tests/", "").replace("::", " ")
     found.setdefault((row["fault"], row["what happens"], test), []).append(row)
   print(HEAD)
   for key, rows in sorted(found.items(), key=lambda item: (item[0][2].split()[0], item[0])):

@@ -1,7 +1,9 @@
-"""Process set-up for all tests: 8 simulated devices, strict shapes, a compilation cache, and small corpora."""
+"""Process set-up for all tests: 8 simulated devices, strict shapes, a compilation cache, corpora, a log of faults."""
 
+import json
 import os
 import pathlib
+import re
 
 # Tests compile much and run little. For processes that tests start, too.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
@@ -23,6 +25,42 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 if not jax.config.jax_compilation_cache_dir:
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir  # for tests that start processes
+
+
+ROWS = pytest.StashKey[list[dict]]()
+# of docs/reliability.md: the tests of a file, each a row that its name tells
+TOLD_BY_NAME = {"fuzz_test.py": "a source made at random", "hostile_test.py": "a hostile input",
+                "numerics_test.py": "odd numbers and shapes"}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+  """Notes what a test did and whether it passed in the file named by AWRSR_FAULTS_LOG."""
+  report = (yield).get_result()
+  if report.when != "call" or report.skipped or "AWRSR_FAULTS_LOG" not in os.environ:
+    return
+  rows = item.stash.get(ROWS, [])
+  if item.path.name in TOLD_BY_NAME:
+    tried = re.findall(r"(\d+) passing", getattr(item, "hypothesis_statistics", "1 passing"))
+    rows = [{"fault": TOLD_BY_NAME[item.path.name], "what happens":
+             item.originalname.removeprefix("test_").replace("_", " "), "count": sum(map(int, tried))}]
+  with open(os.environ["AWRSR_FAULTS_LOG"], "a") as file:
+    for row in rows:
+      file.write(json.dumps(row | {"test": item.nodeid, "green": report.passed}) + "\n")
+
+
+@pytest.fixture
+def record(request):
+  """Returns a function: notes a fault and what happens then, for the file named by AWRSR_FAULTS_LOG.
+
+  Call it first; the count of the row that it returns may be set later.
+  """
+  rows = request.node.stash[ROWS] = []
+
+  def record(fault: str, happens: str, count: int = 1) -> dict:
+    rows.append({"fault": fault, "what happens": happens, "count": count})
+    return rows[-1]
+  return record
 
 
 @pytest.fixture
