@@ -28,7 +28,7 @@ CHOICES = {
     "data.feed": ("auto", "device", "host"),
     "model.backbone": ("sasrec", "stosa"),
     "model.norm": ("pre", "post", "query"),
-    "model.activation": ("relu", "gelu", "elu"),
+    "model.activation": ("relu", "gelu", "elu", "swiglu"),
     "model.dtype": ("float32", "bfloat16"),
     "model.attention.implementation": ("auto", "reference", "fused"),
     "model.refine": REFINEMENTS,
@@ -116,7 +116,8 @@ def default() -> ml_collections.ConfigDict:
   model.layers = 2
   model.heads = 1  # H
   model.ffn_width = 64  # hidden width of the feed-forward block
-  model.activation = "relu"  # relu | gelu | elu
+  model.activation = "relu"  # relu | gelu | elu | swiglu (gated: two layers in)
+  model.branch_gates = False  # sasrec: what a branch of a block adds is gated by what it is added to
   model.norm = "pre"  # pre | post | query (the original SASRec: only the query is normalised)
   model.dropout = 0.2  # embedding, attention weights, feed-forward
   model.attention = ml_collections.ConfigDict()
@@ -243,6 +244,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.cosine is not None and not (model.backbone == "sasrec" and math.isfinite(model.cosine)):
     raise ValueError(f"config.model.cosine={model.cosine} must be a finite factor of cosines, and needs "
                      f"config.model.backbone=sasrec, not {model.backbone}, whose scores are distances; or None")
+  if model.branch_gates and model.backbone != "sasrec":
+    raise ValueError(f"config.model.branch_gates needs config.model.backbone=sasrec, not {model.backbone}")
   if loss.pvn_weight and model.backbone != "stosa":
     raise ValueError(f"config.loss.pvn_weight={loss.pvn_weight} compares distances between items, and the scores of "
                      f"config.model.backbone={model.backbone} are no distances; set it to 0, or use backbone=stosa")

@@ -75,10 +75,10 @@ def flatten(params: Any) -> Any:
 
 
 @pytest.mark.parametrize("variant, order, norm, activation", [
-    ("none", 1, "pre", "relu"), ("none", 1, "post", "gelu"), ("none", 1, "query", "relu"),
+    ("none", 1, "pre", "swiglu"), ("none", 1, "post", "gelu"), ("none", 1, "query", "relu"),
     ("value", 2, "pre", "gelu"), ("stochastic", 1, "post", "relu"), ("additive_on_weights", 1, "query", "gelu")])
 def test_forward_pass_agrees_with_loops(variant, order, norm, activation):
-  backbone, params = build(variant, order, norm, activation=activation, layers=2)
+  backbone, params = build(variant, order, norm, activation=activation, layers=2, branch_gates=activation == "swiglu")
   found = encode(backbone, params, INPUTS)
   for b in range(2):
     wanted, _ = encode_by_loops(backbone, flatten(params), INPUTS[b])

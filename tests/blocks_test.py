@@ -41,6 +41,8 @@ def norm_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray, epsilon: float =
 
 def feed_forward_by_loops(params: Mapping[str, Any], x_LxD: np.ndarray, activation: str) -> np.ndarray:
   hidden = dense_by_loops(params["in"], x_LxD)
+  if activation == "swiglu":
+    return dense_by_loops(params["out"], hidden / (1 + np.exp(-hidden)) * dense_by_loops(params["gate"], x_LxD))
   for index, x in np.ndenumerate(hidden):
     cube = 0.79788456080 * (x + 0.044715 * x ** 3)  # sqrt(2 / pi)
     hidden[index] = {"relu": max(x, 0), "gelu": 0.5 * x * (1 + np.tanh(cube)), "elu": x if x > 0 else np.exp(x) - 1}[
@@ -67,18 +69,22 @@ def block_by_loops(params: Mapping[str, Any], model: Any, x: np.ndarray,
       "norm_attention", "norm_feed_forward"))
   attend = lambda query, x: attention_by_loops(params["attention"], model, query, x, real_L)  # noqa: E731
   feed = lambda x: feed_forward_by_loops(params["feed_forward"], x, model.activation)  # noqa: E731
+
+  def add(to, branch, name):
+    return to + branch * (1 / (1 + np.exp(-dense_by_loops(params[f"gate_{name}"], to))) if model.branch_gates else 1)
+
   if model.norm == "pre":
     out, weights = attend(norm_1(x), norm_1(x))
-    x = x + out
-    x = x + feed(norm_2(x))
+    x = add(x, out, "attention")
+    x = add(x, feed(norm_2(x)), "feed_forward")
   elif model.norm == "post":
     out, weights = attend(x, x)
-    x = norm_1(x + out)
-    x = norm_2(x + feed(x))
+    x = norm_1(add(x, out, "attention"))
+    x = norm_2(add(x, feed(x), "feed_forward"))
   else:
     out, weights = attend(norm_1(x), x)
-    x = norm_1(x) + out
-    x = norm_2(x) + feed(norm_2(x))
+    x = add(norm_1(x), out, "attention")
+    x = add(norm_2(x), feed(norm_2(x)), "feed_forward")
   return x * real_L[:, None], weights
 
 
@@ -133,7 +139,7 @@ def test_self_attention_drops_weights_and_not_values():
   assert set(np.unique(heads)) == {0, 2} and 0.3 < np.mean(heads == 0) < 0.7
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "elu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "elu", "swiglu"])
 def test_feed_forward_agrees_with_loops(activation):
   feed_forward = FeedForward(FFN, activation, 0.5, jnp.float32)
   x = draw(6, 3, 5, WIDTH)
@@ -154,11 +160,12 @@ def test_feed_forward_drops_at_its_end_and_inside_where_it_is_told_to(inside):
   assert set(np.unique(out)) == ({0, 4} if inside else {0, 2})
 
 
+@pytest.mark.parametrize("gates", [False, True])
 @pytest.mark.parametrize("norm", ["pre", "post", "query"])
-def test_block_agrees_with_loops_and_is_zero_where_padded(norm):
-  model = model_of("value", norm=norm)
+def test_block_agrees_with_loops_and_is_zero_where_padded(norm, gates):
+  model = model_of("value", norm=norm, branch_gates=gates)
   block = Block(SelfAttention(HEADS, 0.5, jnp.float32, build_refinement(model, N), "auto"),
-                FeedForward(FFN, "relu", 0.5, jnp.float32), norm)
+                FeedForward(FFN, "relu", 0.5, jnp.float32), norm, gates)
   x = draw(7, 3, 5, WIDTH)
   params = random_params(lambda key, *args: block.init(key, *args, False), x, REAL, scale=0.5)
   found = np.asarray(block.apply({"params": params}, x, REAL, False))
@@ -170,7 +177,7 @@ def test_block_agrees_with_loops_and_is_zero_where_padded(norm):
 @pytest.mark.parametrize("norm", ["pre", "post", "query"])
 def test_block_keeps_bfloat16_and_its_parameters_float32(norm):
   block = Block(SelfAttention(HEADS, 0.0, jnp.bfloat16, build_refinement(model_of("none"), N), "auto"),
-                FeedForward(FFN, "relu", 0.0, jnp.bfloat16), norm)
+                FeedForward(FFN, "swiglu", 0.0, jnp.bfloat16), norm, True)
   x = jnp.asarray(draw(8, 3, 5, WIDTH), jnp.bfloat16)
   init = lambda key, x, real: block.init(key, x, real, False)  # noqa: E731
   params = random_params(init, x, REAL, scale=0.5)

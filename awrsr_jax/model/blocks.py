@@ -86,7 +86,10 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """Two dense layers, applied to every position by itself."""
+  """Two dense layers, applied to every position by itself: out(f(in x)).
+
+  `activation` f is a function, or swiglu, silu(in x) * (gate x) (Shazeer, "GLU variants improve Transformer", 2020).
+  """
 
   hidden: int
   activation: str
@@ -98,7 +101,11 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, train: bool) -> jax.Array:
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, kernel_init=self.initializer, name=name)  # noqa: E731
-    hidden = ACTIVATIONS[self.activation](dense(self.hidden, "in")(x_BxLxD))
+    hidden = dense(self.hidden, "in")(x_BxLxD)
+    if self.activation == "swiglu":
+      hidden = nn.silu(hidden) * dense(self.hidden, "gate")(x_BxLxD)
+    else:
+      hidden = ACTIVATIONS[self.activation](hidden)
     hidden = dropout(self, hidden, self.dropout, train and self.dropout_inside)
     return dropout(self, dense(x_BxLxD.shape[-1], "out")(hidden), self.dropout, train)
 
@@ -108,11 +115,13 @@ class Block(nn.Module):
 
   pre: x + attention(LN x), x + ffn(LN x). post: LN(x + attention(x)), LN(x + ffn(x)). query: the original SASRec,
   LN x + attention(query LN x, keys and values x), then the same form around the feed-forward, LN x + ffn(LN x).
+  With `gates` each r + branch is r + sigmoid(W r + b) * branch, as in LiGR (Borisyuk et al., 2025).
   """
 
   attention: SelfAttention
   feed_forward: FeedForward
   norm: str
+  gates: bool
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, train: bool, newest: bool = False) -> jax.Array:
@@ -120,17 +129,26 @@ class Block(nn.Module):
     kept = slice(-1 if newest else 0, None)
     norm_1, norm_2 = (nn.LayerNorm(name=name) for name in ("norm_attention", "norm_feed_forward"))
     x, dtype = x_BxLxD, x_BxLxD.dtype
+
+    def add(to: jax.Array, branch: jax.Array, gate: str) -> jax.Array:
+      if not self.gates:
+        return to + branch
+      return to + nn.sigmoid(nn.Dense(to.shape[-1], dtype=dtype, kernel_init=xavier, name=gate)(to)) * branch
+
+    with_attention = lambda to, query, x: add(  # noqa: E731
+        to[:, kept], self.attention(query, x, real_BxL, train, newest), "gate_attention")
+    with_feed_forward = lambda to, x: add(to, self.feed_forward(x, train), "gate_feed_forward")  # noqa: E731
     match self.norm:
       case "pre":
         y = norm_1(x).astype(dtype)
-        x = x[:, kept] + self.attention(y, y, real_BxL, train, newest)
-        x = x + self.feed_forward(norm_2(x).astype(dtype), train)
+        x = with_attention(x, y, y)
+        x = with_feed_forward(x, norm_2(x).astype(dtype))
       case "post":
-        x = norm_1(x[:, kept] + self.attention(x, x, real_BxL, train, newest)).astype(dtype)
-        x = norm_2(x + self.feed_forward(x, train)).astype(dtype)
+        x = norm_1(with_attention(x, x, x)).astype(dtype)
+        x = norm_2(with_feed_forward(x, x)).astype(dtype)
       case "query":
         y = norm_1(x).astype(dtype)
-        x = y[:, kept] + self.attention(y, x, real_BxL, train, newest)
+        x = with_attention(y, y, x)
         y = norm_2(x).astype(dtype)
-        x = y + self.feed_forward(y, train)
+        x = with_feed_forward(y, y)
     return x * real_BxL[:, kept, None]

@@ -32,7 +32,8 @@ class SASRec(Backbone):
     self.blocks = [
         block(attention=SelfAttention(model.heads, attention_rate(model), dtype,
                                       build_refinement(model, self.max_length), model.attention.implementation),
-              feed_forward=FeedForward(model.ffn_width, model.activation, model.dropout, dtype), norm=model.norm)
+              feed_forward=FeedForward(model.ffn_width, model.activation, model.dropout, dtype), norm=model.norm,
+              gates=model.branch_gates)
         for _ in range(model.layers)]
     self.norm_out = nn.LayerNorm() if model.norm != "post" else lambda x: x  # post-norm blocks end normalised
 
