@@ -17,14 +17,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "ml-1m"
   config.data.k_core = 5  # the raw file holds rarer movies; the published sequences are its 5-core
   config.data.max_length = 200
-  config.data.buckets = 6
-  config.model.dropout = 0.2
-  config.loss.name = "sampled_softmax"
-  config.loss.num_negatives = 1024
+  config.data.buckets = 4
+  config.model.width = 128
+  config.model.ffn_width = 256
+  config.model.activation = "swiglu"
+  config.model.branch_gates = True
+  config.model.cosine = 14.0
+  config.model.dropout = 0.25
   config.train.epochs = 36
-  config.train.learning_rate = 2e-3
-  config.train.batch_size = 64
-  config.train.schedule = "cosine"
-  config.train.warmup_steps = 100
-  config.eval.every_epochs = 6
+  config.train.batch_size = 32
+  config.train.average = 0.999
+  config.eval.every_epochs = 4
   return config
