@@ -115,7 +115,7 @@ class Block(nn.Module):
 
   pre: x + attention(LN x), x + ffn(LN x). post: LN(x + attention(x)), LN(x + ffn(x)). query: the original SASRec,
   LN x + attention(query LN x, keys and values x), then the same form around the feed-forward, LN x + ffn(LN x).
-  With `gates` each r + branch is r + sigmoid(W r + b) * branch, as in LiGR (Borisyuk et al., 2025).
+  With `gates` each sum x + branch is x + sigmoid(W x + b) * branch, as in LiGR (Borisyuk et al., 2025).
   """
 
   attention: SelfAttention
@@ -130,25 +130,24 @@ class Block(nn.Module):
     norm_1, norm_2 = (nn.LayerNorm(name=name) for name in ("norm_attention", "norm_feed_forward"))
     x, dtype = x_BxLxD, x_BxLxD.dtype
 
-    def add(to: jax.Array, branch: jax.Array, gate: str) -> jax.Array:
-      if not self.gates:
-        return to + branch
-      return to + nn.sigmoid(nn.Dense(to.shape[-1], dtype=dtype, kernel_init=xavier, name=gate)(to)) * branch
+    attention = lambda query, x: self.attention(query, x, real_BxL, train, newest)  # noqa: E731
 
-    with_attention = lambda to, query, x: add(  # noqa: E731
-        to[:, kept], self.attention(query, x, real_BxL, train, newest), "gate_attention")
-    with_feed_forward = lambda to, x: add(to, self.feed_forward(x, train), "gate_feed_forward")  # noqa: E731
+    def add(x: jax.Array, branch: jax.Array, gate: str) -> jax.Array:
+      if not self.gates:
+        return x + branch
+      return x + nn.sigmoid(nn.Dense(x.shape[-1], dtype=dtype, kernel_init=xavier, name=gate)(x)) * branch
+
     match self.norm:
       case "pre":
         y = norm_1(x).astype(dtype)
-        x = with_attention(x, y, y)
-        x = with_feed_forward(x, norm_2(x).astype(dtype))
+        x = add(x[:, kept], attention(y, y), "gate_attention")
+        x = add(x, self.feed_forward(norm_2(x).astype(dtype), train), "gate_feed_forward")
       case "post":
-        x = norm_1(with_attention(x, x, x)).astype(dtype)
-        x = norm_2(with_feed_forward(x, x)).astype(dtype)
+        x = norm_1(add(x[:, kept], attention(x, x), "gate_attention")).astype(dtype)
+        x = norm_2(add(x, self.feed_forward(x, train), "gate_feed_forward")).astype(dtype)
       case "query":
         y = norm_1(x).astype(dtype)
-        x = with_attention(y, y, x)
+        x = add(y[:, kept], attention(y, x), "gate_attention")
         y = norm_2(x).astype(dtype)
-        x = with_feed_forward(y, y)
+        x = add(y, self.feed_forward(y, train), "gate_feed_forward")
     return x * real_BxL[:, kept, None]
