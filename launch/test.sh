@@ -10,8 +10,9 @@ runs the tests there:
   .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder   all, two files at a time
   .venv/bin/python -m pytest -q [flags]    with flags
   .venv/bin/python -m pytest -q -m faults tests/faults [flags]    with --faults: the long part of tests/faults, which
-kills real runs at some hundred moments and damages every file (as root, on Linux, for the full disks). With
-AWRSR_FAULTS_LOG=FILE each of these tests notes what it did, see docs/reliability.py.
+kills real runs at some hundred moments and damages every file (as root, on Linux, for the full disks); with
+AWRSR_SOAK_MINUTES=N also a run that is stopped and resumed for so long. With AWRSR_FAULTS_LOG=FILE each of these tests,
+and those of hostile and fuzzed input, note what they did, see docs/reliability.py.
 
 Paths count from the top level, whatever the current directory.
 
