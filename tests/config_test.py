@@ -192,7 +192,7 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
      "fused cannot do config.model.awr.slots=lag with config.model.refine=value of config.model.awr.order=2"),
     ({"model__attention__sink": math.inf}, "config.model.attention.sink=inf must be a finite number"),
     ({"model__cosine": 9.0, "model__backbone": "stosa"}, "config.model.cosine=9.0 must be a finite factor"),
-    ({"model__branch_gates": True, "model__backbone": "stosa"}, "branch_gates needs config.model.backbone=sasrec"),
+    ({"model__branch_gates": True, "model__backbone": "stosa"}, "branch_gates=True needs config.model.backbone=sasrec"),
     ({"model__cosine": math.inf}, "config.model.cosine=inf must be a finite factor"),
     ({"train__average": 1.0}, "config.train.average=1.0 must be below 1"),
     ({"model__faithful": True}, "not {'backbone': 'sasrec', 'norm': 'pre', 'activation': 'relu', 'ffn_width': 64}"),
