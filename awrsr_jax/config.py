@@ -245,8 +245,8 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
     raise ValueError(f"config.model.cosine={model.cosine} must be a finite factor of cosines, and needs "
                      f"config.model.backbone=sasrec, not {model.backbone}, whose scores are distances; or None")
   if model.branch_gates and model.backbone != "sasrec":
-    raise ValueError(f"config.model.branch_gates=True needs config.model.backbone=sasrec, not {model.backbone}; set it to "
-                     "False")
+    raise ValueError(f"config.model.branch_gates=True needs config.model.backbone=sasrec, not {model.backbone}; set it "
+                     "to False")
   if loss.pvn_weight and model.backbone != "stosa":
     raise ValueError(f"config.loss.pvn_weight={loss.pvn_weight} compares distances between items, and the scores of "
                      f"config.model.backbone={model.backbone} are no distances; set it to 0, or use backbone=stosa")
