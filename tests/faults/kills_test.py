@@ -36,10 +36,10 @@ def test_killed_at_every_delicate_point_in_turn_it_ends_bit_equal(whole, tmp_pat
 
 @pytest.mark.faults
 def test_killed_at_any_file_of_a_save_and_of_a_removal_it_ends_bit_equal(whole, tmp_path, record):
-  """Every third event of the saves of steps 12 and 15, of which the second removes the best before: a run for each."""
+  """Every ninth event of the saves of steps 12 and 15, of which the second removes the best before: a run for each."""
   pattern = "(os.mkdir|os.rename|os.remove|os.rmdir|open) .*/checkpoints/(12|15|8|10)[/.]"
   row = record("kill -9 at any file that a save makes or a removal takes away", GOES_ON, 0)
-  for at in itertools.count(1, 3):
+  for at in itertools.count(1, 9):
     workdir = tmp_path / str(at)
     if run(workdir, *FLAGS, fault=f"kill {at}|{pattern}").returncode == 0:
       break
