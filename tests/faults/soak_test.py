@@ -70,7 +70,7 @@ def test_hours_of_training_stay_flat(tmp_path, record):
              else f"{before:.0f} -> {after:.0f}" for what, (before, after) in held.items()}
   row |= {"count": len(samples), "fault": f"{minutes:.0f} minutes of training, evaluation and saves in one process, "
           f"stopped and resumed: {steps:,} steps, {evaluations:,} evaluations", "what happens":
-          "flat (medians of the second quarter -> of the last): "
+          "held, medians of the second quarter -> of the last: "
           + ", ".join(f"{what} {figure}" for what, figure in figures.items())}
   print(row)
   for what, (before, after) in held.items():
