@@ -129,7 +129,6 @@ class Block(nn.Module):
     kept = slice(-1 if newest else 0, None)
     norm_1, norm_2 = (nn.LayerNorm(name=name) for name in ("norm_attention", "norm_feed_forward"))
     x, dtype = x_BxLxD, x_BxLxD.dtype
-
     attention = lambda query, x: self.attention(query, x, real_BxL, train, newest)  # noqa: E731
 
     def add(x: jax.Array, branch: jax.Array, gate: str) -> jax.Array:
