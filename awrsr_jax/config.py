@@ -169,6 +169,7 @@ def default() -> ml_collections.ConfigDict:
   config.eval.batch_size = 256  # users
   config.eval.block_items = 65_536  # items scored at a time: bounds memory, changes no rank
   config.eval.keep_ranks = True  # ranks.parquet: the rank of every test target, with raw ids, for compare and analyze
+  config.eval.hash_ids = False  # without raw ids there, so that it can be shown to people who may not have the data
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_steps = 1000  # and after every evaluation

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 from runs_test import write_run
 
 from awrsr_jax import reproduce
@@ -21,7 +22,7 @@ from awrsr_jax.analysis.grid import COMPLETE, DIFFERS, MISSING, STARTED, Anchor,
 from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.config import walk
 from awrsr_jax.engine import processes, ranking
-from awrsr_jax.engine.run_folder import nest
+from awrsr_jax.engine.run_folder import nest, read_ranks
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests/tiny_config.py")
@@ -185,7 +186,7 @@ def test_a_command_says_all_that_differs():
   planned = plan(table(data="log.txt", rows={"a": {"model.awr.gate": 0.1, "model.faithful": False}})).runs[1]
   assert planned.command("OUT", "DATA") == [
       "python", "-m", "awrsr_jax.main", f"--config={TINY}", "--config.data.path=DATA/log.txt",
-      "--config.train.epochs=2", "--config.model.awr.gate=0.1", "--config.model.faithful=False", "--config.seed=1",
+      "--config.eval.hash_ids=True", "--config.train.epochs=2", "--config.model.awr.gate=0.1", "--config.model.faithful=False", "--config.seed=1",
       "--workdir=OUT/T_one/a/seed_1"]
   assert planned.command("OUT", "DATA", seed="$seed")[-2:] == [
       "--config.seed=$seed", "--workdir=OUT/T_one/a/seed_$seed"]
@@ -544,7 +545,9 @@ def test_stopped_killed_and_ended_by_the_same_command(tmp_path):
   assert (folder / "log.txt").read_text().count("$ ") == 2 and "T one/value/seed_0: test NDCG@10 ." in output
   stored = dict(walk(json.loads((folder / "config.json").read_text())))
   planned = grids.load_grid(tmp_path / "grid.py").runs[0]
-  assert stored == planned.values | {"data.path": ""}  # flags say what the grid does
+  assert stored == planned.values | {"data.path": "", "eval.hash_ids": True}  # flags say what the grid does
+  ranks = read_ranks(epath.Path(folder) / "ranks.parquet")
+  assert ranks["user"].tolist() == list(range(len(ranks["user"]))) and max(ranks["item"]) < 256
   page = (tmp_path / "results.md").read_bytes()
   said = json.loads((folder / "result.json").read_text())["test"]["ndcg@10"]
   line = next(line for line in page.decode().splitlines() if line.startswith("| none | 1/1 |"))

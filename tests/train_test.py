@@ -1,5 +1,6 @@
 """One step and whole runs: the run folder, early stopping, non-finite losses, learning."""
 
+import hashlib
 import json
 
 import jax
@@ -73,6 +74,22 @@ def test_the_rank_of_every_test_target_is_kept(finished, small_config):
     assert abs(value - result["test"][name]) < 1e-12
   ranked = ranking.rank_users(job.rank_step, jax.device_get(load(workdir).params), job.ranking["test"], job.mesh)
   assert kept["rank"].tolist() == ranked[np.argsort(job.ranking["test"].targets)].tolist()
+
+
+def test_kept_ranks_tell_no_ids_where_these_are_hashed(small_config, tmp_path):
+  job = make_job(small_config)
+  batches = job.ranking["test"]
+  ranks = np.arange(1, len(batches.targets) + 1)
+  raw, hashed = epath.Path(tmp_path) / "raw.parquet", epath.Path(tmp_path) / "hashed.parquet"
+  run_folder.write_ranks(raw, batches, ranks)
+  run_folder.write_ranks(hashed, batches, ranks, hash_ids=True)
+  raw, hashed = run_folder.read_ranks(raw), run_folder.read_ranks(hashed)
+  for name in ("rank", "history", "trained"):
+    assert hashed[name].tolist() == raw[name].tolist()
+  assert hashed["user"].tolist() == np.unique(raw["user"], return_inverse=True)[1].tolist()
+  by_hand = [hashlib.sha256(f"{user}\n{item}".encode()).digest()[0] for user, item in zip(raw["user"], raw["item"],
+                                                                                         strict=True)]
+  assert hashed["item"].tolist() == by_hand and len(set(by_hand)) > 1
 
 
 def test_ranks_are_kept_only_where_they_are_wanted(small_config, tmp_path):

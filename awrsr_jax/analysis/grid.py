@@ -112,8 +112,8 @@ class Planned:
     path = [f"--config.data.path={os.path.join(data, self.data)}"] if self.data else []
     flags = [f"--config.{key}={value}" for key, value in self.overrides.items()]
     workdir = os.path.join(out, f"{os.path.dirname(self.folder)}/seed_{seed}")
-    return [python, "-m", "awrsr_jax.main", f"--config={self.config}", *path, *flags, f"--config.seed={seed}",
-            f"--workdir={workdir}"]
+    return [python, "-m", "awrsr_jax.main", f"--config={self.config}", *path, "--config.eval.hash_ids=True", *flags,
+            f"--config.seed={seed}", f"--workdir={workdir}"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ metrics.jsonl is as new as the newest checkpoint; there are no locks and no Tens
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import logging
@@ -43,7 +44,7 @@ FREE_KEYS = {
     "mesh.data", "mesh.model",  # the global batch does not depend on the devices
     "model.remat",  # the same values, made twice
     "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
-    "eval.keep_ranks",  # a file more or less
+    "eval.keep_ranks", "eval.hash_ids",  # a file more or less
 }
 IDS = pyarrow.int64(), pyarrow.string(), pyarrow.large_string()
 NUMBERS = pyarrow.int32(), pyarrow.int64()
@@ -175,7 +176,7 @@ def read_result(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
     return None
 
 
-def write_ranks(path: epath.Path, batches: RankingBatches, ranks: np.ndarray) -> None:
+def write_ranks(path: epath.Path, batches: RankingBatches, ranks: np.ndarray, hash_ids: bool = False) -> None:
   """Writes the rank of every target of a split as a parquet file, whole or not at all.
 
   A row is a target, ordered by user and time: `user`, `item` (raw ids), `rank` (float32, from 1), `history` (how many
@@ -185,12 +186,19 @@ def write_ranks(path: epath.Path, batches: RankingBatches, ranks: np.ndarray) ->
     path: of the file.
     batches: of the split.
     ranks: (C,), see ranking.rank_users.
+    hash_ids: users are numbered from 0 instead, and an item is one byte of a hash of user and item: it shows whether
+      two runs rank the same targets, and is too short to find the item by.
   """
   corpus, order = batches.corpus, np.argsort(batches.targets)
   targets = batches.targets[order]
   items = np.asarray(corpus.items[targets])
+  user_ids, item_ids = corpus.user_ids[batches.users[order]].tolist(), corpus.item_ids[items].tolist()
+  if hash_ids:
+    item_ids = [hashlib.sha256(f"{user}\n{item}".encode()).digest()[0] for user, item in zip(user_ids, item_ids,
+                                                                                            strict=True)]
+    user_ids = np.unique(batches.users[order], return_inverse=True)[1].tolist()
   table = pyarrow.table({
-      "user": corpus.user_ids[batches.users[order]].tolist(), "item": corpus.item_ids[items].tolist(),
+      "user": user_ids, "item": item_ids,
       "rank": ranks[order].astype(np.float32), "history": history_lengths(corpus, targets).astype(np.int32),
       "trained": corpus.counts[items]})
   buffer = io.BytesIO()

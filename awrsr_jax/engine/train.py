@@ -327,7 +327,8 @@ def conclude(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointM
   ranks = {split: ranking.rank_users(job.rank_step, best.params, batches, job.mesh, told_to_stop, job.items)
            for split, batches in job.ranking.items()}
   if job.config.eval.keep_ranks and processes.is_first():
-    run_folder.write_ranks(epath.Path(workdir) / "ranks.parquet", job.ranking["test"], ranks["test"])
+    run_folder.write_ranks(epath.Path(workdir) / "ranks.parquet", job.ranking["test"], ranks["test"],
+                           job.config.eval.hash_ids)
   splits = {split: ranking.summarize(found) for split, found in ranks.items()}
   result = {
       **{split: splits[split] for split in ("test", "valid")},
