@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
           "newest checkpoint", file=sys.stderr, flush=True)
     os._exit(processes.TRY_AGAIN)  # a regular exit would wait for the process that is gone
   except run_folder.DiskFull as error:
-    print(f"DiskFull: {error}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"DiskFull: {error}\n")  # at once: threads of Orbax may be telling of it too
+    sys.stderr.flush()
     os._exit(1)  # a regular exit would write what is still open, and fail again
   except (ValueError, FloatingPointError) as error:
     if flags.FLAGS.verbosity > 0:

@@ -186,8 +186,8 @@ def test_a_command_says_all_that_differs():
   planned = plan(table(data="log.txt", rows={"a": {"model.awr.gate": 0.1, "model.faithful": False}})).runs[1]
   assert planned.command("OUT", "DATA") == [
       "python", "-m", "awrsr_jax.main", f"--config={TINY}", "--config.data.path=DATA/log.txt",
-      "--config.eval.hash_ids=True", "--config.train.epochs=2", "--config.model.awr.gate=0.1", "--config.model.faithful=False", "--config.seed=1",
-      "--workdir=OUT/T_one/a/seed_1"]
+      "--config.eval.hash_ids=True", "--config.train.epochs=2", "--config.model.awr.gate=0.1",
+      "--config.model.faithful=False", "--config.seed=1", "--workdir=OUT/T_one/a/seed_1"]
   assert planned.command("OUT", "DATA", seed="$seed")[-2:] == [
       "--config.seed=$seed", "--workdir=OUT/T_one/a/seed_$seed"]
 

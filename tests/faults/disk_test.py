@@ -34,8 +34,8 @@ def run_full(disk, point: str) -> bool:
           "command again: it goes on from the newest checkpoint",
           f"ValueError: --workdir={workdir} cannot be written: No space left on device; choose another folder"}
   assert stopped.returncode == 1 and len(told & set(stopped.stderr.splitlines())) == 1, stopped.stderr
-  # TensorStore may tell, from threads of its own, that nobody waits any more ("Event loop is closed")
-  assert "awrsr_jax/engine" not in stopped.stderr and "orbax/" not in stopped.stderr, stopped.stderr
+  # Orbax and TensorStore may tell, from threads of their own, that nobody waits any more ("Event loop is closed")
+  assert "awrsr_jax/engine" not in stopped.stderr, stopped.stderr  # every traceback of the run goes through there
   ballast.unlink()
   return True
 
