@@ -55,7 +55,8 @@ def get_grid() -> list[Table | Cost]:
             anchors=[STOSA_ON_BEAUTY]),
       Table("B beauty", "The strongest setting: full softmax on Beauty",
             "Does refinement add anything to a SASRec that is trained as well as we can? All items are negatives, and "
-            "dropout is high.", "configs/beauty.py", ROWS, {}, BEAUTY, anchors=[
+            "dropout is high. [results_beauty.md](results_beauty.md) has five seeds of both under the recipe "
+            "before this one.", "configs/beauty.py", ROWS, {}, BEAUTY, anchors=[
                 Anchor("SASRec full CE", {"test ndcg@10": 0.0597, "test hr@10": 0.0986}, "CE-SCE-LLMRec logs, 5 seeds"),
                 Anchor("BSARec", {"test ndcg@10": 0.0609, "test hr@10": 0.1004}, "RecBoard, 5 seeds"),
                 Anchor("eSASRec", {"test ndcg@10": 0.0523, "test hr@10": 0.0928}, "transformer_benchmark README"),
