@@ -20,7 +20,8 @@ from ml_collections import config_flags
 from awrsr_jax.command import keep_compiled, parse_flags, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared
-from awrsr_jax.engine import memory, processes, run_folder
+from awrsr_jax.data.batches import training_batches
+from awrsr_jax.engine import feed, memory, processes, run_folder
 from awrsr_jax.engine.mesh import check_config, make_mesh
 from awrsr_jax.engine.train import train
 
@@ -93,8 +94,12 @@ def plan_memory() -> str:
   config = finalize(CONFIG.value)
   mesh = make_mesh(config.mesh)
   check_config(mesh.shape["data"], mesh.shape["model"], config)
-  items = ITEMS.value or prepared.load(config.data).num_items
-  return f"{items} items, {memory.describe(memory.plan(config, items, mesh), mesh.devices.shape)}"
+  items, corpus_bytes = ITEMS.value, 0
+  if not items:
+    corpus = prepared.load(config.data)
+    items, batches = corpus.num_items, training_batches(corpus, config)
+    corpus_bytes = feed.count_bytes(batches, mesh.shape["data"]) if feed.is_resident(config, batches) else 0
+  return f"{items} items, {memory.describe(memory.plan(config, items, mesh, corpus_bytes), mesh.devices.shape)}"
 
 
 def print_result(result: dict) -> None:

@@ -8,23 +8,26 @@ import sys
 
 import ml_collections
 import pytest
+import tiny_config
 
 from awrsr_jax.config import default, finalize
-from awrsr_jax.engine import memory
+from awrsr_jax.data import prepared
+from awrsr_jax.data.batches import training_batches
+from awrsr_jax.engine import feed, memory
 from awrsr_jax.engine import mesh as meshes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 @functools.cache
-def plan(items=4000, data=1, model=1, **values):
+def plan(items=4000, data=1, model=1, corpus_bytes=0, **values):
   config = default()
   config.data.max_length, config.model.width, config.model.refine, config.model.ffn_width = 32, 16, "none", 16
   config.model.layers, config.train.batch_size, config.eval.batch_size, config.eval.block_items = 1, 64, 8, 64
   config.model.table_multiple = 32
   config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
   mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": data, "model": model}))
-  return memory.plan(finalize(config), items, mesh)
+  return memory.plan(finalize(config), items, mesh, corpus_bytes)
 
 
 def test_parameters_and_optimizer_are_counted_by_hand():
@@ -58,6 +61,12 @@ def test_more_devices_shorter_pieces_and_remat_take_less():
   assert plan(model=8)["peak"] < 0.5 * plan()["peak"]
 
 
+def read_mib(done, row: str) -> str:
+  """Returns what a dry run printed in a row."""
+  [line] = [line for line in done.stdout.splitlines() if line.startswith(f"  {row}  ")]
+  return line.split()[1]
+
+
 def dry_run(tmp_path, *flags):
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
   return subprocess.run([sys.executable, "-m", "awrsr_jax.main", f"--config={ROOT}/tests/tiny_config.py", *flags],
@@ -71,8 +80,22 @@ def test_a_dry_run_prints_the_plan_for_devices_and_items_that_are_not_here_and_w
   assert done.returncode == 0 and "100000 items, on each of 16 devices (2 data x 8 model)" in done.stdout, done.stderr
   assert "f32[256,12501]" not in done.stdout and "f32[12501,8]" in done.stdout
   assert os.listdir(tmp_path) == []
-  here = dry_run(tmp_path, "--dry_run")
-  assert here.stdout.startswith("40 items, on each of 1 devices")  # of the corpus
+  assert read_mib(done, "corpus") == "0.0"  # nothing is known of it
+
+
+def test_a_dry_run_counts_a_corpus_that_lives_on_the_devices(tmp_path):
+  done = dry_run(tmp_path, "--dry_run", "--config.data.synthetic.num_users=20000")
+  assert done.stdout.startswith("40 items, on each of 1 devices"), done.stderr  # of the corpus
+  config = tiny_config.get_config()
+  config.data.synthetic.num_users = 20_000
+  batches = training_batches(prepared.load(config.data), finalize(config))
+  whole = 4 * (len(batches.items) + 2 * 20_000)
+  assert read_mib(done, "corpus") == f"{whole / 2 ** 20:.1f}" != "0.0"
+  assert feed.count_bytes(batches, 4) == 4 * (len(batches.items) + 2 * 5_000)
+  assert plan(corpus_bytes=whole)["peak"] == plan()["peak"] + whole
+  streamed = dry_run(tmp_path, "--dry_run", "--config.data.synthetic.num_users=20000", "--config.data.feed=host")
+  assert read_mib(streamed, "corpus") == "0.0"
+  assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -43,12 +43,16 @@ def is_resident(config: Any, batches: data_batches.TrainBatches) -> bool:
   Raises:
     ValueError: it is to live there and is too large to be indexed.
   """
-  numbers = len(batches.items) + 2 * len(batches.starts)
   if config.data.feed == "device" and len(batches.items) > np.iinfo(np.int32).max:
     raise ValueError(f"config.data.feed=device: {len(batches.items)} interactions are more than int32 can index; use "
                      "auto or host")
-  fits = isinstance(batches.items, np.ndarray) and 4 * numbers <= RESIDENT_BYTES
+  fits = isinstance(batches.items, np.ndarray) and count_bytes(batches) <= RESIDENT_BYTES
   return {"device": True, "host": False, "auto": fits}[config.data.feed]
+
+
+def count_bytes(batches: data_batches.TrainBatches, devices: int = 1) -> int:
+  """Returns what a corpus takes on each device where it lives there: items whole, an epoch's bounds split over some."""
+  return 4 * (len(batches.items) + 2 * len(batches.starts) // devices)
 
 
 def steps_per_call(config: Any, mesh: Mesh) -> int:

@@ -18,7 +18,7 @@ from awrsr_jax.model.backbones import build_backbone
 LARGEST = 3  # arrays that are named
 
 
-def plan(config: Any, num_items: int, mesh: Mesh) -> dict[str, Any]:
+def plan(config: Any, num_items: int, mesh: Mesh, corpus_bytes: int = 0) -> dict[str, Any]:
   """Compiles a train step and a ranking step of full length for a mesh, and reads what they take; nothing is allocated.
 
   The compiler of the mesh's own devices says it; simulated CPU devices stand in for ones that are not there.
@@ -27,10 +27,12 @@ def plan(config: Any, num_items: int, mesh: Mesh) -> dict[str, Any]:
     config: finalized.
     num_items: I.
     mesh: of any devices, in this process.
+    corpus_bytes: of the corpus on each device, see feed.count_bytes.
 
   Returns:
-    Bytes on each device: parameters, optimizer; init, train_step and rank_step (what is alive at most while they run,
-    beside those two); peak (the most of all); `largest`, the largest arrays made in a train step, as text and bytes.
+    Bytes on each device: parameters, optimizer, corpus; init, train_step and rank_step (what is alive at most while
+    they run, beside those three); peak (the most of all); `largest`, the largest arrays made in a train step, as text
+    and bytes.
   """
   backbone = build_backbone(config, num_items)
   optimizer = make_optimizer(config.train, total_steps=1)
@@ -52,7 +54,8 @@ def plan(config: Any, num_items: int, mesh: Mesh) -> dict[str, Any]:
   held = sum(sizes.values())
   beside = {"init": count_bytes(init.lower().compile()) - held, "train_step": count_bytes(trained) - held,
             "rank_step": count_bytes(ranked) - sizes["parameters"]}
-  return sizes | beside | {"peak": held + max(beside.values()), "largest": largest_arrays(trained)}
+  return sizes | {"corpus": corpus_bytes} | beside | {
+      "peak": held + corpus_bytes + max(beside.values()), "largest": largest_arrays(trained)}
 
 
 def count_bytes(program: jax.stages.Compiled) -> int:
@@ -86,7 +89,7 @@ def largest_arrays(program: jax.stages.Compiled) -> dict[str, int]:
 def describe(planned: dict[str, Any], mesh_shape: tuple[int, int]) -> str:
   """Returns a plan as a table for people."""
   data, model = mesh_shape
-  names = {"parameters": "parameters", "optimizer": "optimizer", "init": "+ to create them",
+  names = {"parameters": "parameters", "optimizer": "optimizer", "corpus": "corpus", "init": "+ to create them",
            "train_step": "+ or a train step (gradients, activations)", "rank_step": "+ or a ranking step",
            "peak": "peak; the largest arrays of a train step:"}
   lines = [f"on each of {data * model} devices ({data} data x {model} model)"]
