@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.branch_gates = True
   config.model.cosine = 14.0
   config.model.dropout = 0.25
-  config.train.epochs = 36
+  config.train.epochs = 60
   config.train.batch_size = 32
   config.train.average = 0.999
   config.eval.every_epochs = 4
