@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.width = 128
   config.model.ffn_width = 128
   config.model.norm = "query"
-  config.model.cosine = 20.0
+  config.model.cosine = 14.0
   config.model.dropout = 0.6
   config.train.epochs = 40
   config.train.batch_size = 512
