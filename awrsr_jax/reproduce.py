@@ -11,6 +11,7 @@ Exit codes: 0 all runs are complete; 1 some failed; 75 it was told to stop, and 
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -76,10 +77,25 @@ def share_machine(jobs: int) -> list[Share]:
   return [Share(frozenset(cores[first:last]), environment) for first, last in itertools.pairwise(cuts)]
 
 
+@functools.cache
+def tied_to_this() -> list[str]:
+  """Returns what to put before a command that is to be told to stop when this process ends however it ends.
+
+  Nothing where there is no setpriv (of util-linux) that can do it.
+  """
+  tie = ["setpriv", "--pdeathsig", "TERM"]
+  try:
+    works = subprocess.run([*tie, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+  except OSError:
+    return []
+  return tie if works else []
+
+
 def launch(command: list[str], log: pathlib.Path, share: Share) -> subprocess.Popen:
   """Starts a run on its share of the machine, its output at the end of a log file.
 
-  In a session of its own: Ctrl-C is for this command, which tells the run to stop, once.
+  In a session of its own: Ctrl-C is for this command, which tells the run to stop, once. Where this command is killed,
+  the system tells the run (on Linux).
 
   Raises:
     ValueError: the folder of the log cannot be written.
@@ -92,8 +108,8 @@ def launch(command: list[str], log: pathlib.Path, share: Share) -> subprocess.Po
   with file:
     file.write(f"$ {shlex.join(command)}\n")
     file.flush()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                               start_new_session=True, env=os.environ | share.environment)
+    process = subprocess.Popen([*tied_to_this(), *command], stdin=subprocess.DEVNULL, stdout=file,
+                               stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | share.environment)
   if share.cores:
     with contextlib.suppress(ProcessLookupError):  # it may have failed at once
       os.sched_setaffinity(process.pid, share.cores)
