@@ -550,7 +550,7 @@ def wait_for(log, text: str, count: int):
     time.sleep(0.01)
 
 
-def test_stopped_killed_and_ended_by_the_same_command(tmp_path):
+def test_stopped_killed_and_ended_by_the_same_command(tmp_path, record):
   process = start(tmp_path)
   folder = tmp_path / "out/T_one/none/seed_0"
   deadline = time.monotonic() + 300
@@ -563,7 +563,8 @@ def test_stopped_killed_and_ended_by_the_same_command(tmp_path):
   assert not (folder / "result.json").exists() and "all steps are saved" in (folder / "log.txt").read_text()
 
   told = 1
-  if reproduce.tied_to_this():  # killed itself, it still leaves no run behind
+  if reproduce.tied_to_this():
+    record("kill -9 of a grid of runs (reproduce)", "its run is told, saves and ends; the same command goes on with it")
     process, told = start(tmp_path), 2
     wait_for(folder / "log.txt", "first step", 2)
     process.kill()

@@ -44,7 +44,7 @@ FREE_KEYS = {
     "mesh.data", "mesh.model",  # the global batch does not depend on the devices
     "model.remat",  # the same values, made twice
     "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
-    "eval.keep_ranks", "eval.hash_ids",  # a file more or less
+    "eval.keep_ranks", "eval.hash_ids",  # a file more or less, with ids or without
 }
 IDS = pyarrow.int64(), pyarrow.string(), pyarrow.large_string()
 NUMBERS = pyarrow.int32(), pyarrow.int64()
