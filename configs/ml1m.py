@@ -3,7 +3,7 @@
     python -m awrsr_jax.main --config=configs/ml1m.py --workdir=runs/ml1m
 
 Downloads ml-1m.zip once. Offline: --config.data.path=FILE, where FILE is ratings.dat, the zip, or the sequences.
-Result: docs/results.md has the table, docs/recipes.md what was tried. An hour on one busy CPU core.
+Result: docs/results.md has the table, docs/recipes.md what was tried. Two hours on one busy CPU core.
 """
 
 import ml_collections
