@@ -86,10 +86,13 @@ def runs(request):
 
 
 def assert_close(got, expected):
-  """Every leaf to 3e-5 of its largest entry, or to 3e-8 where all of it is rounding (gradients that are 0)."""
+  """Every leaf to 1e-4 of its largest entry, or to 1e-7 where all of it is rounding (gradients that are 0).
+
+  How much rounding there is depends on the processor: 3e-5 is enough with AVX-512, and was not with AVX2.
+  """
   for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True):
     scale = max(float(np.abs(b).max(initial=0)), 1e-3)
-    np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * scale, err_msg=jax.tree_util.keystr(path))
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
 
 
 def test_one_and_eight_devices_make_the_same_update(runs):
