@@ -1,4 +1,4 @@
-"""How batches reach the devices: a run is the same, bit for bit, whoever builds them; as a loop of steps, to rounding."""
+"""How batches reach the devices: a run is the same bit for bit whoever builds them, and as a loop to rounding."""
 
 import os
 import pathlib
