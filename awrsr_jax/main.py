@@ -98,7 +98,7 @@ def plan_memory() -> str:
   if not items:
     corpus = prepared.load(config.data)
     items, batches = corpus.num_items, training_batches(corpus, config)
-    corpus_bytes = feed.count_bytes(batches, mesh.shape["data"]) if feed.is_resident(config, batches) else 0
+    corpus_bytes = feed.resident_bytes(batches, mesh.shape["data"]) if feed.is_resident(config, batches) else 0
   return f"{items} items, {memory.describe(memory.plan(config, items, mesh, corpus_bytes), mesh.devices.shape)}"
 
 

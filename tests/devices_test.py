@@ -88,7 +88,7 @@ def runs(request):
 def assert_close(got, expected):
   """Every leaf to 1e-4 of its largest entry, or to 1e-7 where all of it is rounding (gradients that are 0).
 
-  How much rounding there is depends on the processor: 3e-5 is enough with AVX-512, and was not with AVX2.
+  How much rounding there is depends on the processor: 3e-5 was enough on one, and not on another.
   """
   for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True):
     scale = max(float(np.abs(b).max(initial=0)), 1e-3)

@@ -44,7 +44,7 @@ for name, *feeds in (("host", ("host", None)), ("device", ("device", 1)), ("call
       print(notice)
   result = read_result(folder / name)
   result.pop("oracle", None)  # a prepared corpus has forgotten its law
-  # A loop is another program: with AVX2 it rounds differently where gradients are 0 but for rounding (biases of keys).
+  # A loop is another program, and on some processors its parameters end with other last bits.
   if any(steps and steps > 1 for _, steps in feeds):
     result["params_sha256"] = found[0][0]["params_sha256"]
   found.append((result, read_lines(folder / name)))

@@ -91,7 +91,7 @@ def test_a_dry_run_counts_a_corpus_that_lives_on_the_devices(tmp_path):
   batches = training_batches(prepared.load(config.data), finalize(config))
   whole = 4 * (len(batches.items) + 2 * 20_000)
   assert read_mib(done, "corpus") == f"{whole / 2 ** 20:.1f}" != "0.0"
-  assert feed.count_bytes(batches, 4) == 4 * (len(batches.items) + 2 * 5_000)
+  assert feed.resident_bytes(batches, 4) == 4 * (len(batches.items) + 2 * 5_000)
   assert plan(corpus_bytes=whole)["peak"] == plan()["peak"] + whole
   streamed = dry_run(tmp_path, "--dry_run", "--config.data.synthetic.num_users=20000", "--config.data.feed=host")
   assert read_mib(streamed, "corpus") == "0.0"

@@ -46,11 +46,11 @@ def is_resident(config: Any, batches: data_batches.TrainBatches) -> bool:
   if config.data.feed == "device" and len(batches.items) > np.iinfo(np.int32).max:
     raise ValueError(f"config.data.feed=device: {len(batches.items)} interactions are more than int32 can index; use "
                      "auto or host")
-  fits = isinstance(batches.items, np.ndarray) and count_bytes(batches) <= RESIDENT_BYTES
+  fits = isinstance(batches.items, np.ndarray) and resident_bytes(batches) <= RESIDENT_BYTES
   return {"device": True, "host": False, "auto": fits}[config.data.feed]
 
 
-def count_bytes(batches: data_batches.TrainBatches, devices: int = 1) -> int:
+def resident_bytes(batches: data_batches.TrainBatches, devices: int = 1) -> int:
   """Returns what a corpus takes on each device where it lives there: items whole, an epoch's bounds split over some."""
   return 4 * (len(batches.items) + 2 * len(batches.starts) // devices)
 

@@ -27,7 +27,7 @@ def plan(config: Any, num_items: int, mesh: Mesh, corpus_bytes: int = 0) -> dict
     config: finalized.
     num_items: I.
     mesh: of any devices, in this process.
-    corpus_bytes: of the corpus on each device, see feed.count_bytes.
+    corpus_bytes: of the corpus on each device, see feed.resident_bytes.
 
   Returns:
     Bytes on each device: parameters, optimizer, corpus; init, train_step and rank_step (what is alive at most while
