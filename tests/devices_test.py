@@ -20,7 +20,8 @@ from awrsr_jax.engine.train import make_job
 from awrsr_jax.model.backbones import build_backbone
 
 ITEMS = 29  # in a table of 32 rows
-SHAPES = ((1, 1), (8, 1), (4, 2), (1, 8))
+SHAPES = (1, 1), (4, 2)
+MORE_SHAPES = (8, 1), (1, 8)  # for some: nothing but the table knows "model", nothing but the batch "data"
 # Adam divides by the size of the gradient; with its usual 1e-8 it would blow rounding of a gradient of 0 up to a step.
 OPTIMIZER = optax.adam(0.1, eps=0.1)
 
@@ -82,7 +83,8 @@ def initial(backbone):
 @pytest.fixture(scope="module", params=itertools.product(LOSSES, ("sasrec", "stosa")), ids="-".join)
 def runs(request):
   loss, backbone = request.param
-  return {shape: run(make_config(loss, backbone), shape, initial(backbone)) for shape in SHAPES}
+  more = MORE_SHAPES if (loss, backbone) in (("softmax", "sasrec"), ("sampled_softmax", "stosa")) else ()
+  return {shape: run(make_config(loss, backbone), shape, initial(backbone)) for shape in (*SHAPES, *more)}
 
 
 def assert_close(got, expected):
@@ -97,8 +99,7 @@ def assert_close(got, expected):
 
 def test_one_and_eight_devices_make_the_same_update(runs):
   (start, first, second), windows, *_ = runs[1, 1]
-  for shape in SHAPES[1:]:
-    other_states, other_windows, *_ = runs[shape]
+  for other_states, other_windows, *_ in list(runs.values())[1:]:
     jax.tree.map(np.testing.assert_array_equal, other_states[0], start)
     assert_close(other_states[1], first)
     assert_close(other_states[2], second)
@@ -122,8 +123,7 @@ def test_an_update_moves_every_parameter_and_counts_what_is_real(runs):
 
 
 def test_the_state_stays_where_it_was(runs):
-  for shape in SHAPES:
-    *_, state, _ = runs[shape]
+  for shape, (*_, state, _) in runs.items():
     mesh = state.step.sharding.mesh
     for (path, leaf), place in zip(jax.tree_util.tree_flatten_with_path(state)[0],
                                    jax.tree.leaves(meshes.shardings(mesh, state)), strict=True):
@@ -138,8 +138,8 @@ def collectives(program):
           for shape in re.findall(r"\w\[([\d,]*)\]", line.partition(" = ")[2].partition("(%")[0])]
 
 
-@pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
-@pytest.mark.parametrize("job", ["softmax", "sampled_softmax", "bce", "ranking"])
+@pytest.mark.parametrize("job, backbone", [
+    ("softmax", "sasrec"), ("softmax", "stosa"), ("sampled_softmax", "sasrec"), ("bce", "stosa"), ("ranking", "stosa")])
 def test_no_table_travels_between_devices(job, backbone):
   """On 2 x 4 devices, the largest thing sent is the gradient of a device's own quarter of all tables, over data."""
   rows = 2048
@@ -158,7 +158,7 @@ def test_no_table_travels_between_devices(job, backbone):
     step = functools.partial(train_step, backbone=model, mesh=mesh, optimizer=OPTIMIZER, config=config,
                              targets_per_step=60.0)
     whole = jax.ShapeDtypeStruct((rows - 1,), np.int32, sharding=jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    buckets = split(16, 8), split(8, 4), split(8, 2)
+    buckets = split(16, 8), split(8, 4)
     lowered = jax.jit(step).lower(state, {"inputs": buckets, "targets": buckets, "stop": stop}, whole)
   sent = collectives(lowered.compile())
   quarters = rows // 4 * 8 * {"sasrec": 1, "stosa": 2}[backbone]
@@ -178,8 +178,7 @@ def test_a_batch_in_pieces_and_remat_make_the_same_update(loss, backbone, shape)
 
 
 def test_the_old_state_is_donated(runs):
-  for shape in SHAPES:
-    *_, state, before = runs[shape]
+  for shape, (*_, state, before) in runs.items():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state))), shape
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)), shape
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
