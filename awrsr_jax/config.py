@@ -37,6 +37,7 @@ CHOICES = {
     "model.awr.additive_on": ("scores", "weights"),
     "loss.name": LOSSES,
     "loss.negatives": ("uniform", "popularity"),
+    "train.item_start": ("random", "cooccurrence"),
     "train.optimizer": ("adam", "adamw"),
     "train.schedule": ("constant", "cosine", "linear"),
     "eval.protocol": ("full", "uniform100", "popular100"),
@@ -151,6 +152,7 @@ def default() -> ml_collections.ConfigDict:
   train.batch_size = 128  # sequences in a global batch, of every bucket its share
   train.steps_per_call = config_dict.placeholder(int)  # with data.feed on the device; None: 1 on CPUs, else 16
   train.accumulate = 1  # pieces that a batch is worked through in, one after another: less memory, the same update
+  train.item_start = "random"  # random | cooccurrence: item vectors begin near those that stand beside them in training
   train.optimizer = "adam"  # adam | adamw
   train.learning_rate = 1e-3
   train.schedule = "constant"  # constant | cosine | linear, after the warm-up

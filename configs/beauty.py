@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.norm = "query"
   config.model.cosine = 14.0
   config.model.dropout = 0.6
+  config.train.item_start = "cooccurrence"
   config.train.epochs = 40
   config.train.batch_size = 512
   config.train.average = 0.997

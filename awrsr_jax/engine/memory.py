@@ -14,6 +14,7 @@ from awrsr_jax.engine.ranking import make_rank_step
 from awrsr_jax.engine.state import make_init, make_optimizer
 from awrsr_jax.engine.step import make_train_step
 from awrsr_jax.model.backbones import build_backbone
+from awrsr_jax.model.hidden import table_rows
 
 LARGEST = 3  # arrays that are named
 
@@ -37,7 +38,10 @@ def plan(config: Any, num_items: int, mesh: Mesh, corpus_bytes: int = 0) -> dict
   backbone = build_backbone(config, num_items)
   optimizer = make_optimizer(config.train, total_steps=1)
   init = make_init(backbone, optimizer, config.seed, mesh)
-  state = meshes.template(mesh, jax.eval_shape(init))
+  state = meshes.template(mesh, jax.eval_shape(init, None))
+  rows_of_items = table_rows(num_items, config.model.table_multiple)
+  vectors = None if config.train.item_start == "random" else jax.ShapeDtypeStruct(
+      (rows_of_items, config.model.width), np.float32, sharding=NamedSharding(mesh, PartitionSpec("model")))
   array = lambda *shape, split=("data",): jax.ShapeDtypeStruct(  # noqa: E731
       shape, np.int32, sharding=NamedSharding(mesh, PartitionSpec(*split)))
   length, stop = config.data.max_length, array(*mesh.devices.shape, split=("data", "model"))
@@ -52,7 +56,7 @@ def plan(config: Any, num_items: int, mesh: Mesh, corpus_bytes: int = 0) -> dict
                      for leaf in jax.tree.leaves(tree))
            for name, tree in (("parameters", state.params), ("optimizer", state.opt_state))}
   held = sum(sizes.values())
-  beside = {"init": count_bytes(init.lower().compile()) - held, "train_step": count_bytes(trained) - held,
+  beside = {"init": count_bytes(init.lower(vectors).compile()) - held, "train_step": count_bytes(trained) - held,
             "rank_step": count_bytes(ranked) - sizes["parameters"]}
   return sizes | {"corpus": corpus_bytes} | beside | {
       "peak": held + corpus_bytes + max(beside.values()), "largest": largest_arrays(trained)}

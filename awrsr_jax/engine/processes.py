@@ -86,6 +86,12 @@ def from_first(value: Any) -> Any:
   return value if jax.process_count() == 1 else json.loads(gather(json.dumps(value))[0])
 
 
+def array_from_first(make: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """Returns the array that process 0 makes on every process; it is made there only."""
+  array = make() if is_first() else np.zeros(shape, dtype)
+  return array if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
   """What fails with a ValueError on one process fails on all: none is left waiting for the others."""

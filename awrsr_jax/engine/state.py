@@ -8,10 +8,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awrsr_jax.engine.mesh import shardings
+from awrsr_jax.model.hidden import table_rows
 
+ITEM_TABLES = "embedding/item_table", "embedding_mean/item_table"  # of SASRec, of STOSA
 PURPOSES = ("init", "dropout", "negatives")
 NO_STEP = np.iinfo(np.int32).max
 
@@ -117,14 +119,42 @@ def empty_window() -> Window:
 
 def make_init(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int,
               mesh: Mesh) -> jax.stages.Wrapped:
-  """Returns the jitted () -> TrainState that creates each part of the state where it will live."""
-  def init() -> TrainState:
+  """Returns the jitted (vectors or None) -> TrainState that creates each part of the state where it will live."""
+  def init(vectors: jax.Array | None) -> TrainState:
     inputs = jnp.zeros((1, backbone.max_length), jnp.int32)
-    params = backbone.init(make_key(seed, "init"), inputs)["params"]
+    params = start_items(backbone.init(make_key(seed, "init"), inputs)["params"], vectors)
     return TrainState(jnp.int32(0), params, optimizer.init(params), empty_window(), jnp.int32(NO_STEP))
-  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)))
+  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init, None)))
 
 
-def init_state(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-  """Creates the state where it will live: no parameter is ever whole on one device unless it stays so."""
-  return make_init(backbone, optimizer, seed, mesh)()
+def start_items(params: Any, vectors: jax.Array | None) -> Any:
+  """Returns parameters whose item vectors have given directions, and the mean length of the random ones.
+
+  Args:
+    params: of a backbone; a distribution's mean is what has the directions.
+    vectors: (V, D), of length 1, or 0 where the item keeps its random vector; None: all do.
+  """
+  if vectors is None:
+    return params
+
+  def start(path: Any, table: jax.Array) -> jax.Array:
+    if jax.tree_util.keystr(path, simple=True, separator="/") not in ITEM_TABLES:
+      return table
+    length = jnp.mean(jnp.linalg.norm(table, axis=1))
+    return jnp.where(jnp.any(vectors != 0, axis=1, keepdims=True), length * vectors, table)
+  return jax.tree_util.tree_map_with_path(start, params)
+
+
+def init_state(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh,
+               vectors: np.ndarray | None = None) -> TrainState:
+  """Creates the state where it will live: no parameter is ever whole on one device unless it stays so.
+
+  Args:
+    backbone, optimizer, seed, mesh: of the run.
+    vectors: (up to V, D) float32 that item vectors start from, see start_items; the same on all processes.
+  """
+  if vectors is not None:
+    rows = table_rows(backbone.num_items, backbone.model.table_multiple)
+    whole = np.pad(vectors, [(0, rows - len(vectors)), (0, 0)])
+    vectors = jax.make_array_from_callback(whole.shape, NamedSharding(mesh, PartitionSpec("model")), whole.__getitem__)
+  return make_init(backbone, optimizer, seed, mesh)(vectors)

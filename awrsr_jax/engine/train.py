@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 
 from awrsr_jax.config import finalize, walk
 from awrsr_jax.data import batches as data_batches
+from awrsr_jax.data import cooccurrence, prepared
 from awrsr_jax.data import corpus as data_corpus
-from awrsr_jax.data import prepared
 from awrsr_jax.engine import checkpoint, compiling, memory, processes, ranking, run_folder
 from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
@@ -175,7 +175,7 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
     LOG.info("%d users, %d items, %d interactions; %d parameters; %d steps of %d epochs, lengths %s",
              job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
              job.config.train.epochs, job.batches.buckets)
-    return init(), dict(FRESH)
+    return init(vectors=item_vectors(job)), dict(FRESH)
   step, law, lacking = found[1].get("step", 0), found[1].get("law", 1), sorted(FRESH.keys() - found[1].keys())
   if law != LAW:
     raise ValueError(f"{manager.directory} was trained under law {law} of batches and dropout, and this version has "
@@ -187,6 +187,15 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
                      "made it; start in another --workdir")
   LOG.info("resumed at step %d of %d", step, job.total_steps)
   return found
+
+
+def item_vectors(job: Job) -> np.ndarray | None:
+  """Returns the vectors (I + 1, D) that item vectors start from, the same on all processes; None: they are random."""
+  if job.config.train.item_start == "random":
+    return None
+  width = job.config.model.width
+  return processes.array_from_first(lambda: cooccurrence.item_vectors(job.corpus, width, job.config.seed),
+                                    (job.corpus.num_items + 1, width), np.float32)
 
 
 def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointManager, state: TrainState,
