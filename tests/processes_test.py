@@ -19,7 +19,7 @@ from awrsr_jax.engine import processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = ("--config.mesh.data=-1", "--config.train.epochs=10", "--config.checkpoint.every_steps=9",
-         "--config.eval.every_epochs=2", "--config.train.learning_rate=0.01")
+         "--config.eval.every_epochs=2", "--config.train.learning_rate=0.01", "--config.train.item_start=cooccurrence")
 
 
 class Run:

@@ -27,6 +27,7 @@ def item_vectors(corpus: corpora.Corpus, width: int, seed: int) -> np.ndarray:
   With M = positive_information(count_pairs(corpus)) they are the rows of Q sqrt(max(L, 0)) R at length 1, of the D
   largest eigenvalues L of M with eigenvectors Q, and a random rotation R, which leaves no coordinate more to say than
   others. An item that stands beside none, and padding, has a vector of 0. Nothing but training histories is read.
+  Machines agree to rounding, and one machine with itself exactly.
 
   Args:
     corpus: any.
@@ -40,11 +41,12 @@ def item_vectors(corpus: corpora.Corpus, width: int, seed: int) -> np.ndarray:
   rank = min(width, corpus.num_items)  # one less than rows: what the method allows
   start = rng.normal(size=corpus.num_items + 1)
   values, factors = scipy.sparse.linalg.eigsh(information, rank, which="LA", v0=start)
+  factors *= np.sign(factors[np.argmax(np.abs(factors), axis=0), np.arange(rank)])  # else it is for the machine to say
   rows = np.zeros((corpus.num_items + 1, width))
   rows[:, :rank] = factors * np.sqrt(np.maximum(values, 0))
   rotation, _ = np.linalg.qr(rng.normal(size=(width, width)))
   lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-  beside_some = (np.diff(information.indptr) > 0)[:, None] & (lengths > 1e-6)
+  beside_some = lengths > 1e-6  # of others the eigenvectors are rounding
   LOG.info("the vectors of %d of %d items start from what they stand beside", np.sum(beside_some), corpus.num_items)
   return np.where(beside_some, rows / np.maximum(lengths, 1e-6) @ rotation, 0).astype(np.float32)
 
@@ -75,6 +77,7 @@ def positive_information(counts: scipy.sparse.csr_array) -> scipy.sparse.csr_arr
   context /= max(context.sum(), 1)
   pairs = counts.tocoo()
   row, column = pairs.coords
-  gain = np.maximum(np.log(pairs.data / (totals[row] * context[column])), 0)
-  information = scipy.sparse.coo_array((gain, (row, column)), counts.shape).tocsr()
+  gain = np.log(pairs.data / (totals[row] * context[column]))
+  positive = gain > 0
+  information = scipy.sparse.coo_array((gain[positive], (row[positive], column[positive])), counts.shape).tocsr()
   return (information + information.T) / 2
