@@ -17,7 +17,7 @@ import scipy.sparse.linalg
 from awrsr_jax.data import corpus as corpora
 
 LOG = logging.getLogger(__name__)
-WINDOW = 5  # positions between two items of a history that count as close, at most
+WINDOW = 50  # positions between two items of a history that count as close, at most
 SMOOTHING = 0.75  # exponent of context counts (Levy, Goldberg and Dagan, TACL 2015)
 
 
