@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from awrsr_jax.data import cooccurrence
 from awrsr_jax.data import corpus as corpora
-from awrsr_jax.data.cooccurrence import SMOOTHING, WINDOW, count_pairs, item_vectors, positive_information
+from awrsr_jax.data.cooccurrence import SMOOTHING, count_pairs, item_vectors, positive_information
 from awrsr_jax.engine import train as training
 from awrsr_jax.engine.state import init_state
 
@@ -31,16 +32,17 @@ def count_by_loops(corpus):
   for user in range(corpus.num_users):
     history = corpus.history(user)[:-2].tolist()
     for t, newer in enumerate(history):
-      for s in range(max(t - WINDOW, 0), t):
+      for s in range(max(t - cooccurrence.WINDOW, 0), t):
         if history[s] != newer:
           counts[newer, history[s]] += 1 / (t - s)
           counts[history[s], newer] += 1 / (t - s)
   return counts
 
 
-@pytest.mark.parametrize("chunk", [corpora.CHUNK, 1, 30])
-def test_pairs_are_counted_as_by_loops_however_users_are_cut_into_chunks(corpus, chunk, monkeypatch):
+@pytest.mark.parametrize("window, chunk", [(50, corpora.CHUNK), (50, 30), (50, 1), (2, 30)])
+def test_pairs_are_counted_as_by_loops_however_users_are_cut_into_chunks(corpus, window, chunk, monkeypatch):
   monkeypatch.setattr(corpora, "CHUNK", chunk)
+  monkeypatch.setattr(cooccurrence, "WINDOW", window)
   np.testing.assert_allclose(count_pairs(corpus).toarray(), count_by_loops(corpus), rtol=1e-12)
 
 
