@@ -51,6 +51,12 @@ def test_a_step_takes_the_gradients_and_no_scores_of_all_positions():
   assert "f32[256,4032]" in found["largest"] and found["largest"]["f32[256,4032]"] == 4 * 256 * 4032  # a chunk of them
 
 
+def test_vectors_that_items_start_from_are_counted():
+  options = {"items": 100_000, "loss__name": "sampled_softmax", "loss__num_negatives": 4}
+  random, given = plan(**options)["init"], plan(train__item_start="cooccurrence", **options)["init"]
+  assert given - random >= 4 * 100_000 * 16
+
+
 def test_more_devices_shorter_pieces_and_remat_take_less():
   deep = {"loss__name": "sampled_softmax", "loss__num_negatives": 4, "model__layers": 3}
   plain = plan(items=100, **deep)["train_step"]
