@@ -11,10 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.ranking import make_rank_step
-from awrsr_jax.engine.state import make_init, make_optimizer
+from awrsr_jax.engine.state import make_init, make_optimizer, vectors_template
 from awrsr_jax.engine.step import make_train_step
 from awrsr_jax.model.backbones import build_backbone
-from awrsr_jax.model.hidden import table_rows
 
 LARGEST = 3  # arrays that are named
 
@@ -39,9 +38,7 @@ def plan(config: Any, num_items: int, mesh: Mesh, corpus_bytes: int = 0) -> dict
   optimizer = make_optimizer(config.train, total_steps=1)
   init = make_init(backbone, optimizer, config.seed, mesh)
   state = meshes.template(mesh, jax.eval_shape(init, None))
-  rows_of_items = table_rows(num_items, config.model.table_multiple)
-  vectors = None if config.train.item_start == "random" else jax.ShapeDtypeStruct(
-      (rows_of_items, config.model.width), np.float32, sharding=NamedSharding(mesh, PartitionSpec("model")))
+  vectors = None if config.train.item_start == "random" else vectors_template(backbone, mesh)
   array = lambda *shape, split=("data",): jax.ShapeDtypeStruct(  # noqa: E731
       shape, np.int32, sharding=NamedSharding(mesh, PartitionSpec(*split)))
   length, stop = config.data.max_length, array(*mesh.devices.shape, split=("data", "model"))

@@ -145,6 +145,13 @@ def start_items(params: Any, vectors: jax.Array | None) -> Any:
   return jax.tree_util.tree_map_with_path(start, params)
 
 
+def vectors_template(backbone: nn.Module, mesh: Mesh) -> jax.ShapeDtypeStruct:
+  """Returns shape (V, D), type and place of the vectors of start_items: they lie as the item table does."""
+  rows = table_rows(backbone.num_items, backbone.model.table_multiple)
+  return jax.ShapeDtypeStruct((rows, backbone.model.width), np.float32,
+                              sharding=NamedSharding(mesh, PartitionSpec("model", None)))
+
+
 def init_state(backbone: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh,
                vectors: np.ndarray | None = None) -> TrainState:
   """Creates the state where it will live: no parameter is ever whole on one device unless it stays so.
@@ -154,7 +161,7 @@ def init_state(backbone: nn.Module, optimizer: optax.GradientTransformation, see
     vectors: (up to V, D) float32 that item vectors start from, see start_items; the same on all processes.
   """
   if vectors is not None:
-    rows = table_rows(backbone.num_items, backbone.model.table_multiple)
-    whole = np.pad(vectors, [(0, rows - len(vectors)), (0, 0)])
-    vectors = jax.make_array_from_callback(whole.shape, NamedSharding(mesh, PartitionSpec("model")), whole.__getitem__)
+    place = vectors_template(backbone, mesh)
+    whole = np.pad(vectors, [(0, place.shape[0] - len(vectors)), (0, 0)])
+    vectors = jax.make_array_from_callback(whole.shape, place.sharding, whole.__getitem__)
   return make_init(backbone, optimizer, seed, mesh)(vectors)
