@@ -21,7 +21,9 @@ parameters and metric lines are those of an uninterrupted run, bit for bit. [sec
 trusted and what is not.
 
 Where memory is not flat in a soak, it is by the saves: `tracemalloc` finds what stays behind in JSON that TensorStore
-makes for Orbax, specs and metrics of each save. A run that saves every 10 steps, as this one, shows it most.
+makes for Orbax, specs and metrics of each save. It does so alone, too: `Spec.to_json()` of a small array keeps 1.8 KB a
+call for good (0.1.71 to 0.1.86), and Orbax has no switch for it. A run that saves every 10 steps, as this one, shows it
+most.
 
 | fault | what happens | test | count | green |
 |---|---|---|---|---|"""
