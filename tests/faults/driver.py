@@ -30,7 +30,7 @@ def fill(folder: str) -> None:
           file.write(bytes(size))
 
 
-def strike(action: str, at: int, pattern: str, folder: str = "") -> None:
+def strike(action: str, at: int, pattern: str, folder: str) -> None:
   """Lets the fault happen at an event."""
   found = itertools.count(1)
 
@@ -73,7 +73,8 @@ if __name__ == "__main__":
   if action == "clock":
     turn_back_the_clock()
   else:
-    at, pattern, *folder = details[0].split("|")
-    strike(action, int(at), pattern, *folder)
+    at, _, pattern = details[0].partition("|")
+    pattern, _, folder = pattern.rpartition("|") if action == "fill" else (pattern, "", "")
+    strike(action, int(at), pattern, folder)
   sys.argv = [module, *flags]
   runpy.run_module(module, run_name="__main__", alter_sys=True)
