@@ -21,9 +21,16 @@ parameters and metric lines are those of an uninterrupted run, bit for bit. [sec
 trusted and what is not.
 
 Where memory is not flat in a soak, it is by the saves: `tracemalloc` finds what stays behind in JSON that TensorStore
-makes for Orbax, specs and metrics of each save. It does so alone, too: `Spec.to_json()` of a small array keeps 1.8 KB a
-call for good (0.1.71 to 0.1.86), and Orbax has no switch for it. A run that saves every 10 steps, as this one, shows it
-most.
+makes for Orbax, specs and metrics of each save. It does so alone, too, in all of five releases from 0.1.71 to 0.1.86:
+
+```bash
+python -c "import tensorstore as ts, tracemalloc
+spec = ts.Spec({'driver': 'zarr', 'kvstore': {'driver': 'memory'}, 'metadata': {'shape': [10, 20], 'dtype': '<f4'}})
+tracemalloc.start(); [None for _ in range(3000) if not spec.to_json()]
+print(tracemalloc.get_traced_memory()[0] // 3000, 'bytes a call stay behind')"
+```
+
+Orbax calls it at each save and has no switch for it. A run that saves every 10 steps, as this one, shows it most.
 
 | fault | what happens | test | count | green |
 |---|---|---|---|---|"""
