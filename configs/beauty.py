@@ -3,7 +3,7 @@
     python -m awrsr_jax.main --config=configs/beauty.py --workdir=runs/beauty --config.data.path=FILE
 
 FILE holds one line per user, `user item_1 item_2 ...`, oldest first. It cannot be downloaded: it has no licence.
-Result: docs/results.md has the table, docs/recipes.md what was tried. About 17 minutes on one CPU core.
+Result: docs/results.md has the table, docs/recipes.md what was tried. About 35 minutes on one CPU core.
 """
 
 import ml_collections
@@ -17,8 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "beauty"
   config.data.max_length = 50
   config.data.buckets = 6
-  config.model.width = 128
-  config.model.ffn_width = 128
+  config.model.width = 256
+  config.model.ffn_width = 256
   config.model.norm = "query"
   config.model.cosine = 14.0
   config.model.dropout = 0.6

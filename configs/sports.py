@@ -3,7 +3,8 @@
     python -m awrsr_jax.main --config=configs/sports.py --workdir=runs/sports --config.data.path=FILE
 
 FILE holds one line per user, `user item_1 item_2 ...`, oldest first. It cannot be downloaded: it has no licence.
-The settings are those of configs/beauty.py; nothing is tuned for it. Result: docs/results.md. 70 minutes on one core.
+The settings are those of configs/beauty.py at half its width, for time's sake; nothing is tuned for it. Result:
+docs/results.md. 70 minutes on one core.
 """
 
 import ml_collections

@@ -10,13 +10,16 @@ BEAUTY, SPORTS, ML1M = "amazon-beauty.txt", "amazon-sports.txt", "ml-1m.txt"
 NONE = {"none": {"model.refine": "none"}}
 VALUE = {"value": {"model.refine": "value"}}
 PAPER = NONE | {name: {"model.refine": name} for name in ("simple", "value", "additive")}
-ADDITIVE_ON_WEIGHTS = {"model.refine": "additive", "model.awr.additive_on": "weights"}
+WIDTH_128, WIDTH_256 = ({"model.width": width, "model.ffn_width": width} for width in (128, 256))
+ADDITIVE_ON_SCORES, ADDITIVE_ON_WEIGHTS = (
+    {"model.refine": "additive", "model.awr.additive_on": what} for what in ("scores", "weights"))
 BY_LAG = {"model.awr.slots": "lag", "model.awr.gate": 0.1}
 ROWS = NONE | VALUE | {
     "value by lag, gated": {"model.refine": "value"} | BY_LAG,
     "additive on weights by lag, gated": ADDITIVE_ON_WEIGHTS | BY_LAG,
     "simple": {"model.refine": "simple"},
-    "additive on scores": {"model.refine": "additive", "model.awr.additive_on": "scores"},
+    "additive on scores": ADDITIVE_ON_SCORES,
+    "additive on scores by lag": ADDITIVE_ON_SCORES | {"model.awr.slots": "lag"},
 }
 
 BASE = "awrsr_jax/config.py"  # where a table states all that it wants
@@ -24,11 +27,11 @@ ON_BEAUTY = {"data.name": "beauty", "data.buckets": 6, "model.norm": "query"}
 # Optimizer, norm and dropout are those of the published SASRec on Amazon data (Kang and McAuley, 2018).
 PUBLISHED_SASREC = ON_BEAUTY | {"model.dropout": 0.5, "loss.num_negatives": 1, "train.epochs": 200,
                                 "eval.every_epochs": 10}
-# configs/beauty.py is these; a row of "C recipe" leaves one of them out.
-RECIPE = {"model.cosine": 14.0, "train.average": 0.997, "model.width": 128, "model.ffn_width": 128,
-          "train.item_start": "cooccurrence"}
+# configs/beauty.py is these at width 256; a row of "C recipe" leaves one of them out.
+RECIPE = {"model.cosine": 14.0, "train.average": 0.997, "train.item_start": "cooccurrence"} | WIDTH_128
 WITHOUT = {"dot products": ["model.cosine"], "no averages": ["train.average"],
            "width 64": ["model.width", "model.ffn_width"], "random item vectors": ["train.item_start"]}
+RANDOM_VECTORS = {"random item vectors": NONE["none"] | {"train.item_start": "random"}}
 
 STOSA_ON_BEAUTY = Anchor("STOSA", {"test ndcg@10": 0.0422, "test hr@10": 0.0724}, "RecBoard, 5 seeds")
 
@@ -36,8 +39,8 @@ STOSA_ON_BEAUTY = Anchor("STOSA", {"test ndcg@10": 0.0422, "test hr@10": 0.0724}
 def pair(key: str, what: str, overrides: dict) -> Table:
   """Returns a table of C: none and value where another part of the network is changed."""
   return Table(key, f"Ablation on Beauty: {what}", "Does what refinement does depend on this part of the network? Both "
-               "rows are under the recipe of B, but for it.", "configs/beauty.py", NONE | VALUE, overrides,
-               BEAUTY, seeds=(0, 1))
+               "rows are under the recipe of B at width 128, but for it.", "configs/beauty.py", NONE | VALUE,
+               WIDTH_128 | overrides, BEAUTY, seeds=(0, 1))
 
 
 def get_grid() -> list[Table | Cost]:
@@ -62,12 +65,13 @@ def get_grid() -> list[Table | Cost]:
                 Anchor("BSARec", {"test ndcg@10": 0.0609, "test hr@10": 0.1004}, "RecBoard, 5 seeds"),
                 Anchor("eSASRec", {"test ndcg@10": 0.0523, "test hr@10": 0.0928}, "transformer_benchmark README"),
                 STOSA_ON_BEAUTY]),
-      Table("B beauty narrow", "A weaker setting: full softmax on Beauty, width 64",
-            "The same question under the recipe that was the best one before: dot products, no averages, 60 epochs.",
-            BASE, NONE | VALUE, ON_BEAUTY | {"model.dropout": 0.6, "train.epochs": 60, "train.batch_size": 512,
-                                             "eval.every_epochs": 5}, BEAUTY, seeds=(0, 1, 2)),
+      Table("B beauty 128", "A weaker setting: full softmax on Beauty, width 128",
+            "The same question under the recipe that was the best one before, and what the start of item vectors is "
+            "worth there.", "configs/beauty.py", {
+                name: ROWS[name] for name in ("none", "value", "value by lag, gated")} | RANDOM_VECTORS,
+            WIDTH_128, BEAUTY, seeds=(0, 1)),
       Table("B sports", "The strongest setting: full softmax on Sports",
-            "The same recipe on another corpus, with nothing tuned for it.",
+            "The recipe of Beauty at width 128 on another corpus, with nothing tuned for it.",
             "configs/sports.py", ROWS, {}, SPORTS, anchors=[
                 Anchor("BSARec", {"test ndcg@10": 0.0342}, "RecBoard"),
                 Anchor("eSASRec", {"test ndcg@10": 0.0323}, "transformer_benchmark README")]),
@@ -76,19 +80,19 @@ def get_grid() -> list[Table | Cost]:
             "configs/ml1m.py", ROWS, {}, ML1M, anchors=[
                 Anchor("SASRec, softmax over 3,000 negatives", {"test ndcg@10": 0.1857}, "antklen README"),
                 Anchor("HSTU-large", {"test ndcg@10": 0.1893}, "HSTU README, its own order of ties")]),
-      Table("C recipe", "Ablation on Beauty: the recipe", "What is each part of the recipe worth to a plain SASRec?",
-            BASE, {"the recipe": NONE["none"] | RECIPE} | {
+      Table("C recipe", "Ablation on Beauty: the recipe", "What is each part of the recipe worth to a plain SASRec? "
+            "It is at width 128, for time's sake.",
+            BASE, {"the recipe, width 128": NONE["none"] | RECIPE, "width 256": NONE["none"] | RECIPE | WIDTH_256} | {
                 name: NONE["none"] | {key: value for key, value in RECIPE.items() if key not in left_out}
                 for name, left_out in WITHOUT.items()},
             ON_BEAUTY | {"model.dropout": 0.6, "train.epochs": 40, "train.batch_size": 512, "eval.every_epochs": 4},
             BEAUTY, seeds=(0, 1)),
       Table("C start", "Ablation on Sports: where item vectors start", "What is co-occurrence worth on a corpus that "
-            "nothing was tuned on?", "configs/sports.py", {
-                "the recipe": NONE["none"], "random item vectors": NONE["none"] | {"train.item_start": "random"}},
-            {}, SPORTS, seeds=(0, 1)),
+            "nothing was tuned on?", "configs/sports.py", {"the recipe": NONE["none"]} | RANDOM_VECTORS, {}, SPORTS,
+            seeds=(0, 1)),
       Table("C refinement", "Ablation on Beauty: the refinement itself",
-            "Which part of value refinement matters? The recipe is that of B; rank 64, order 1 and dot products unless "
-            "a row says otherwise.", "configs/beauty.py", NONE | {
+            "Which part of value refinement matters? The recipe is that of B at width 128; rank 64, order 1 and dot "
+            "products unless a row says otherwise.", "configs/beauty.py", NONE | {
                 name: {"model.refine": "value"} | overrides for name, overrides in {
                     "value, rank 64": {"model.awr.rank": 64}, "value, rank 16": {"model.awr.rank": 16},
                     "value, order 2": {"model.awr.order": 2},
@@ -96,14 +100,14 @@ def get_grid() -> list[Table | Cost]:
                     "value, projection": {"model.awr.value_projection": True},
                     "value, slots by lag": {"model.awr.slots": "lag"},
                     "value, gate .1": {"model.awr.gate": 0.1}, "value, gate .5": {"model.awr.gate": 0.5}}.items()},
-            {}, BEAUTY, seeds=(0, 1)),
+            WIDTH_128, BEAUTY, seeds=(0, 1)),
       Table("C heads", "Ablation on Beauty: two heads", "Does each head need a correlation space of its own? The "
-            "recipe is that of B, but for two heads.", "configs/beauty.py", NONE | VALUE | {
+            "recipe is that of B at width 128, but for two heads.", "configs/beauty.py", NONE | VALUE | {
                 "value, shared by heads": {"model.refine": "value", "model.awr.share_heads": True}},
-            {"model.heads": 2}, BEAUTY, seeds=(0, 1)),
+            WIDTH_128 | {"model.heads": 2}, BEAUTY, seeds=(0, 1)),
       *(pair(f"C layers {layers}", f"layers={layers}", {"model.layers": layers}) for layers in (1, 3)),
       *(pair(f"C norm {norm}", f"norm={norm}", {"model.norm": norm}) for norm in ("pre", "post", "query")),
       pair("C sink", "an attention sink", {"model.attention.sink": 3.9}),
       Cost("D", "Cost", "What the runs of B cost; times compare only between runs on one device.",
-           ("B beauty", "B beauty narrow", "B sports", "B ml1m")),
+           ("B beauty", "B beauty 128", "B sports", "B ml1m")),
   ]
