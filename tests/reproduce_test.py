@@ -126,7 +126,9 @@ def test_the_declared_grid_is_valid(monkeypatch):
   assert {planned.seed for planned in grid.by_row["B beauty", "value"]} == {0, 1, 2, 3, 4}
   baselines = [grid.by_row[table.key, next(iter(table.rows))] for table in grid.tables if isinstance(table, Table)]
   assert {planned.values["model.refine"] for row in baselines for planned in row} == {"none"}
-  assert grid.by_row["C recipe", "the recipe"] == grid.by_row["B beauty", "none"][:2]  # said twice, and the same
+  # said twice, and the same
+  assert grid.by_row["C recipe", "the recipe, width 128"] == grid.by_row["B beauty 128", "none"]
+  assert grid.by_row["C recipe", "width 256"] == grid.by_row["B beauty", "none"][:2]
 
 
 @pytest.mark.parametrize("tables, words", [
