@@ -136,7 +136,7 @@ def profile_by_loop(trained, histories, rows, n=12):
     inputs = histories.newest(np.array([row]), length)
     queries[:length] += 1
     for layer, found in enumerate(attention_maps(trained.backbone, trained.params, inputs)):
-      for name, weights in found.items():
+      for name, weights in jax.tree.map(np.asarray, found).items():
         by_distance = mass.setdefault(name, np.zeros((layers, heads, n)))
         by_keys = entropy.setdefault(name, np.zeros((layers, heads, n)))
         for head in range(heads):
