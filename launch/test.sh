@@ -7,7 +7,7 @@ Usage: bash launch/test.sh [--faults] [flags of pytest]
 
 Makes .venv at the top level of the repository, installs requirements.txt into it (only when that has changed), and
 runs the tests there:
-  .venv/bin/python -m pytest -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder   all: a file on each
+  .venv/bin/python -m pytest -q -n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder   all: a file on each
 core at a time, on four at most
   .venv/bin/python -m pytest -q [flags]    with flags
   .venv/bin/python -m pytest -q -m faults tests/faults [flags]    with --faults: the long part of tests/faults, which
@@ -30,5 +30,5 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 if [[ ${1:-} == --faults ]]; then set -- -m faults tests/faults "${@:2}"; fi
-if [[ $# == 0 ]]; then set -- -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder; fi
+if [[ $# == 0 ]]; then set -- -n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder; fi
 exec .venv/bin/python -m pytest -q "$@"

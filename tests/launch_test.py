@@ -119,7 +119,7 @@ def test_run_local_adds_what_the_flags_lack(given, added, tree):
   assert tree.run("run_local.sh", *given).stdout.strip() == f"-m awrsr_jax.main {added}{' '.join(given)}".strip()
 
 
-@pytest.mark.parametrize("given, added", [([], "-n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder"),
+@pytest.mark.parametrize("given, added", [([], "-n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder"),
                                           (["tests/losses_test.py", "-x"], "")])
 def test_the_whole_suite_runs_a_file_on_each_core_at_a_time(given, added, tree):
   tree.program('echo "$*"')
