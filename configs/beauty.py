@@ -3,7 +3,7 @@
     python -m awrsr_jax.main --config=configs/beauty.py --workdir=runs/beauty --config.data.path=FILE
 
 FILE holds one line per user, `user item_1 item_2 ...`, oldest first. It cannot be downloaded: it has no licence.
-Result: docs/results.md has the table, docs/recipes.md what was tried. About 35 minutes on one CPU core.
+Result: docs/results.md has the table, docs/recipes.md what was tried. About 40 minutes on one CPU core.
 """
 
 import ml_collections
