@@ -84,10 +84,11 @@ def get_grid() -> list[Table | Cost]:
                 for name, left_out in WITHOUT.items()},
             ON_BEAUTY | {"model.dropout": 0.6, "train.epochs": 40, "train.batch_size": 512, "eval.every_epochs": 4},
             BEAUTY, seeds=(0, 1)),
-      Table("C start", "Ablation on Sports: where item vectors start", "What is co-occurrence worth on a corpus that "
-            "nothing was tuned on?", "configs/sports.py", {
-                "the recipe": NONE["none"], "random item vectors": NONE["none"] | {"train.item_start": "random"}},
-            {}, SPORTS, seeds=(0, 1)),
+      *(Table(f"C start {key}", f"Ablation on {title}: where item vectors start",
+              "The start from co-occurrence was found on Beauty. What is it worth elsewhere?", f"configs/{key}.py", {
+                  "random item vectors": NONE["none"] | {"train.item_start": "random"},
+                  "co-occurrence": NONE["none"] | {"train.item_start": "cooccurrence"}},
+              {}, data, seeds=(0, 1)) for key, title, data in (("sports", "Sports", SPORTS), ("ml1m", "ML-1M", ML1M))),
       Table("C refinement", "Ablation on Beauty: the refinement itself",
             "Which part of value refinement matters? The recipe is that of B at width 128; rank 64, order 1 and dot "
             "products unless a row says otherwise.", "configs/beauty.py", NONE | {
