@@ -74,6 +74,8 @@ if __name__ == "__main__":
   what, name, *others = sys.argv[1:]
   if what == "rank":
     rank_with_each(name)
-  else:
+  elif what == "train":
     fix(name)
     app.run(command.main, [sys.argv[0], *others], flags_parser=command.parse_flags)
+  else:
+    sys.exit(f"{what} is neither rank nor train")
