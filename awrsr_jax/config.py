@@ -192,7 +192,8 @@ def finalize(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     config: what `default()` returned, with values changed; no key added or removed.
 
   Returns:
-    The same values, frozen.
+    The same values, frozen; but model.awr.slots is the default where nothing is refined: the config files choose it for
+    their refinement, and `--config.model.refine=none` stays one flag, whose runs are one experiment.
 
   Raises:
     ValueError: a key is unknown or missing, or a value has the wrong type, is out of range or fits no other value.
@@ -215,7 +216,10 @@ def finalize(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDi
     if value is not None and not (value >= low if included else value > low):  # NaN fails both
       raise ValueError(f"config.{key}={value} must be {'at least' if included else 'more than'} {low}")
   _check_together(config)
-  return ml_collections.FrozenConfigDict(config)
+  values = config.to_dict()
+  if config.model.refine == "none":
+    values["model"]["awr"]["slots"] = known["model.awr.slots"]
+  return ml_collections.FrozenConfigDict(values)
 
 
 def key_type(config: ml_collections.ConfigDict, key: str) -> type:
@@ -259,8 +263,6 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.awr.correlation and model.refine == "none":
     raise ValueError(f"config.model.awr.correlation={model.awr.correlation} needs a refinement; "
                      "config.model.refine=none has nothing to correlate")
-  if model.awr.slots == "lag" and model.refine == "none":
-    raise ValueError("config.model.awr.slots=lag needs a refinement; config.model.refine=none has no slot tables")
   if model.attention.sink is not None and not math.isfinite(model.attention.sink):
     raise ValueError(f"config.model.attention.sink={model.attention.sink} must be a finite number, or None")
   if loss.negatives == "popularity" and loss.name != "sampled_softmax":

@@ -4,6 +4,7 @@
 
 FILE holds one line per user, `user item_1 item_2 ...`, oldest first. It cannot be downloaded: it has no licence.
 Result: docs/results.md has the table, docs/recipes.md what was tried. About 40 minutes on one CPU core.
+`--config.model.refine=none` is plain SASRec, level with this refinement.
 """
 
 import ml_collections
@@ -22,6 +23,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.norm = "query"
   config.model.cosine = 14.0
   config.model.dropout = 0.6
+  config.model.refine = "additive"
+  config.model.awr.slots = "lag"
   config.train.item_start = "cooccurrence"
   config.train.epochs = 40
   config.train.batch_size = 512

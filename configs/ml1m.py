@@ -4,6 +4,7 @@
 
 Downloads ml-1m.zip once. Offline: --config.data.path=FILE, where FILE is ratings.dat, the zip, or the sequences.
 Result: docs/results.md has the table, docs/recipes.md what was tried. Two hours on one busy CPU core.
+`--config.model.refine=none` is plain SASRec, level with this refinement.
 """
 
 import ml_collections
@@ -24,6 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.branch_gates = True
   config.model.cosine = 14.0
   config.model.dropout = 0.25
+  config.model.refine = "additive"
+  config.model.awr.slots = "lag"
   config.train.epochs = 60
   config.train.batch_size = 32
   config.train.average = 0.999

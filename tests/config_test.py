@@ -187,7 +187,6 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
     ({"model__refine": "additive", "model__awr__value_projection": True}, "config.model.awr.value_projection"),
     ({"model__refine": "stochastic", "model__awr__correlation": "dot"}, "config.model.refine=stochastic"),
     ({"model__refine": "none", "model__awr__correlation": "dot"}, "config.model.awr.correlation=dot"),
-    ({"model__refine": "none", "model__awr__slots": "lag"}, "config.model.awr.slots=lag needs a refinement"),
     ({"model__awr__slots": "lag", "model__awr__order": 2, "model__attention__implementation": "fused"},
      "fused cannot do config.model.awr.slots=lag with config.model.refine=value of config.model.awr.order=2"),
     ({"model__attention__sink": math.inf}, "config.model.attention.sink=inf must be a finite number"),
@@ -247,6 +246,12 @@ def test_rating_floors_are_numbers_and_users_are_left_to_train_on():
 def test_values_that_fit_together_are_accepted(values):
   final = dict(configs.walk(configs.finalize(changed(**values))))
   assert all(final[key.replace("__", ".")] == value for key, value in values.items())
+
+
+def test_slots_are_the_default_where_nothing_is_refined():
+  config = changed(model__refine="none", model__awr__slots="lag")
+  assert configs.finalize(config) == configs.finalize(changed(model__refine="none"))
+  assert config.model.awr.slots == "lag"  # what was given stays as it is
 
 
 def test_a_stored_config_comes_back():
