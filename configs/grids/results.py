@@ -25,8 +25,8 @@ ROWS = NONE | VALUE | {
 
 BASE = "awrsr_jax/config.py"  # where a table states all that it wants
 ON_BEAUTY = {"data.name": "beauty", "data.buckets": 6, "model.norm": "query"}
-# Optimizer, norm and dropout are those of the published SASRec on Amazon data (Kang and McAuley, 2018); batches are four
-# times as large, docs/recipes.md.
+# Optimizer, norm and dropout are those of the published SASRec on Amazon data (Kang and McAuley, 2018); batches are
+# larger than its 128, docs/recipes.md.
 PUBLISHED_SASREC = ON_BEAUTY | {"model.dropout": 0.5, "loss.num_negatives": 1, "train.batch_size": 512,
                                 "train.epochs": 200, "eval.every_epochs": 10}
 # configs/beauty.py is these at width 256; a row of "C recipe" leaves one of them out.
