@@ -9,7 +9,8 @@ The deviation over seeds speaks of that luck. With three seeds or more of both c
 Loops of numpy instead of scipy.stats.bootstrap and permutation_test, which `tests/significance_test.py` compares with:
 one draw of users serves all metrics and groups, and memory stays at a few arrays of one value a user.
 
-Shapes: T targets, U users, S seeds, C columns (values that are resampled together: a metric of a group), R resamples.
+Shapes: T targets, U users, D of them that differ, S seeds, C columns (values that are resampled together: a metric of a
+group), R resamples.
 """
 
 import itertools
@@ -118,9 +119,11 @@ def flip_signs(differences_UxC: np.ndarray, flips: int, seed: int) -> np.ndarray
   """
   sums_C = differences_UxC.sum(axis=0)
   least_C = np.abs(sums_C) - ROUNDING * np.abs(differences_UxC).sum(axis=0)
+  differ = np.flatnonzero(differences_UxC.any(axis=1))  # most users have no hit in either group: no sign to flip
+  twice_DxC = 2 * differences_UxC[differ]
   counts_C, total = np.zeros(len(sums_C), np.int64), 0
   for flipped_U in _draw_flips(len(differences_UxC), flips, seed):
-    counts_C += np.abs(sums_C - 2 * (flipped_U @ differences_UxC)) >= least_C
+    counts_C += np.abs(sums_C - flipped_U[differ].astype(np.float64) @ twice_DxC) >= least_C
     total += 1
   return counts_C / total if _is_exact(len(differences_UxC), flips) else (1 + counts_C) / (1 + total)
 
