@@ -7,10 +7,10 @@ from awrsr_jax.analysis.grid import Anchor, Cost, Table
 
 BEAUTY, SPORTS, ML1M = "amazon-beauty.txt", "amazon-sports.txt", "ml-1m.txt"
 
-END, LAG = ({"model.awr.slots": slots} for slots in ("end", "lag"))  # the config files have lag
+END, LAG = ({"model.awr.slots": slots} for slots in ("end", "lag"))  # the configs of B have lag
 NONE = {"none": {"model.refine": "none"}}
 VALUE = {"value": {"model.refine": "value"} | END}
-PAPER = NONE | {name: {"model.refine": name} for name in ("simple", "value", "additive")}  # the base config has end
+PAPER = NONE | {name: {"model.refine": name} for name in ("simple", "value", "additive")}  # the configs of A have end
 WIDTH_128, WIDTH_256 = ({"model.width": width, "model.ffn_width": width} for width in (128, 256))
 ADDITIVE_ON_SCORES, ADDITIVE_ON_WEIGHTS = (
     {"model.refine": "additive", "model.awr.additive_on": what} for what in ("scores", "weights"))
@@ -25,7 +25,7 @@ ROWS = NONE | VALUE | {
 
 BASE = "awrsr_jax/config.py"  # where a table states all that it wants
 ON_BEAUTY = {"data.name": "beauty", "data.buckets": 6, "model.norm": "query"}
-# Optimizer, norm and dropout are those of the published SASRec on Amazon data (Kang and McAuley, 2018); batches are
+# Norm, dropout and learning rate are those of the published SASRec on Amazon data (Kang and McAuley, 2018); batches are
 # larger than its 128, docs/recipes.md.
 PUBLISHED_SASREC = ON_BEAUTY | {"model.dropout": 0.5, "loss.num_negatives": 1, "train.batch_size": 512,
                                 "train.epochs": 200, "eval.every_epochs": 10}
@@ -48,8 +48,8 @@ def get_grid() -> list[Table | Cost]:
   """Returns the tables."""
   return [
       *(Table(f"A {loss}", f"The paper's setting on Beauty: SASRec, {loss.upper()} with one negative",
-              "Does refinement help where the paper says so? The recipe is that of the published SASRec, in larger "
-              "batches.",
+              "Does refinement help where the paper says so? Norm, dropout and learning rate are those of the "
+              "published SASRec; batches are larger.",
               BASE, PAPER, PUBLISHED_SASREC | {"loss.name": loss}, BEAUTY, anchors=[
                   Anchor(f"SASRec {loss.upper()}", values, "CE-SCE-LLMRec logs, 5 seeds")]) for loss, values in (
                       ("bpr", {"test ndcg@10": 0.0374, "test hr@10": 0.0688}),
