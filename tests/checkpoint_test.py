@@ -128,6 +128,10 @@ def test_parameters_come_back_without_the_rest_of_the_state(workdir):
     record["checksums"] = {name: value + 1 for name, value in record["checksums"].items()}
     with pytest.raises(ValueError, match="checksums differ: params/"):
       checkpoint.restore_params(manager, 6, template, record)
+    more = template | {"value": template["out"], "out": template["out"] | {"scale": template["out"]["bias"]}}
+    with pytest.raises(ValueError, match="it lacks params/out/scale, params/value/bias, params/value/gate, which its "
+                                         "own config asks for"):
+      checkpoint.restore_params(manager, 6, more, record)
 
 
 def test_reading_leaves_an_unfinished_save_alone(workdir):

@@ -428,6 +428,17 @@ def test_the_numbers_of_the_page(seeds_of_three, tmp_path):
   assert "for seed in 0 1 2; do" in text and text.count("--config.seed=$seed") == 2
 
 
+def test_the_page_has_the_best_that_is_possible_where_the_law_of_the_data_is_known(tmp_path):
+  grid, law = plan(), dict.fromkeys(("hr@1", "hr@10", "ndcg@5", "ndcg@10"), 0.75) | {"mrr": 0.625}
+  for out, more in ((tmp_path / "data", {}), (tmp_path / "law", {"oracle": law})):
+    for planned in grid.runs:
+      finish(planned, out, **more)
+  assert "best possible" not in write_page(grid, tmp_path / "data", tmp_path / "results.md")[0]
+  best = write_page(grid, tmp_path / "law", tmp_path / "results.md")[1]["best possible, by the law of the data"]
+  assert best["test NDCG@10"] == ".7500" and best["test MRR"] == ".6250"
+  assert best["validation NDCG@10"] == best["seeds"] == best["minutes"] == ""
+
+
 def test_missing_seeds_are_named_and_rows_are_compared_over_what_both_have(seeds_of_three, tmp_path):
   grid, out, ranks = seeds_of_three
   (out / "T_one/value/seed_1/result.json").unlink()

@@ -120,6 +120,7 @@ def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple
               *show_difference(compared.get(row.name)),
               *show_size(row.runs)] for row in rows if row.runs]
     lines += [show_anchor(anchor, len(titles)) for anchor in table.anchors]
+    lines += [show_oracle(runs[0].result["oracle"], len(titles))] if "oracle" in runs[0].result else []
     parts.append(format_table(titles, lines))
     parts += left_out
     parts += [f"Not complete: {missing}."] if (missing := name_missing(rows)) else []
@@ -268,6 +269,13 @@ def show_anchor(anchor: Anchor, cells: int) -> list[str]:
   """Returns the cells of others' numbers."""
   values = [f"*{show_metric(anchor.values[column])}*" if column in anchor.values else "" for column in METRICS]
   line = [f"*{escape(anchor.name)} (others: {escape(anchor.source)})*", "", *values]
+  return line + [""] * (cells - len(line))
+
+
+def show_oracle(oracle: dict[str, float], cells: int) -> list[str]:
+  """Returns the cells of what the law that made the data ranks at, on the test split."""
+  line = ["best possible, by the law of the data", ""]
+  line += [show_metric(oracle[column.removeprefix("test ")]) if column.startswith("test ") else "" for column in METRICS]
   return line + [""] * (cells - len(line))
 
 

@@ -93,10 +93,15 @@ def checksum_leaves(tree: Any) -> Any:
   return jax.tree.map(checksum, tree)
 
 
+def name_arrays(tree: Any) -> dict[str, Any]:
+  """Returns path -> leaf, as "params/embedding/item_table", of every leaf of a tree."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def name_checksums(tree: Any) -> dict[str, int]:
   """Returns path -> checksum of every array of a tree."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(checksum_leaves(tree)))
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for path, value in leaves}
+  return {name: int(value) for name, value in name_arrays(jax.device_get(checksum_leaves(tree))).items()}
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any], ids: dict[str, np.ndarray]) -> None:
@@ -170,9 +175,13 @@ def restore_params(manager: ocp.CheckpointManager, step: int, template: Any, rec
     record: of the bundle.
 
   Raises:
-    ValueError: they do not fit the template, or are damaged.
+    ValueError: it lacks some of the template, they do not fit it, or they are damaged.
   """
   wanted = {"params": template}
+  lacking = sorted(name_arrays(wanted).keys() - record["checksums"].keys())
+  if lacking:
+    raise ValueError(f"it lacks {', '.join(lacking)}, which its own config asks for: another program than this "
+                     "version's trained it; load it with that one")
   with reading():
     state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)))["state"]
@@ -273,8 +282,7 @@ def hash_json(content: dict[str, Any]) -> str:
 
 def hash_arrays(tree: Any) -> str:
   """Returns the sha256 of all bytes of a tree of arrays: little-endian, C order, leaves sorted by their path."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+  named = name_arrays(tree)
   digest = hashlib.sha256()
   for name in sorted(named):
     for piece in pieces(named[name]):
