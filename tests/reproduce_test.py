@@ -128,7 +128,9 @@ def test_the_declared_grid_is_valid(monkeypatch):
   assert {planned.values["model.refine"] for row in baselines for planned in row} == {"none"}
   # said twice, and the same
   assert grid.by_row["C start sports", "co-occurrence"] == grid.by_row["B sports", "none"][:2]
-  assert grid.by_row["C start ml1m", "random item vectors"] == grid.by_row["B ml1m", "none"][:2]
+  newest = grid.by_row["B ml1m newest", "none"]
+  assert grid.by_row["C start ml1m", "random item vectors"] == newest == grid.by_row["C windows", "the newest n items"]
+  assert grid.by_row["C windows", "all, in windows of n"] == grid.by_row["B ml1m", "none"][:2]
   assert grid.by_row["C recipe", "the recipe, width 128"] == grid.by_row["B beauty 128", "none"]
   assert grid.by_row["C recipe", "width 256"] == grid.by_row["B beauty", "none"][:2]
 

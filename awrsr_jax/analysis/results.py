@@ -274,8 +274,8 @@ def show_anchor(anchor: Anchor, cells: int) -> list[str]:
 
 def show_oracle(oracle: dict[str, float], cells: int) -> list[str]:
   """Returns the cells of what the law that made the data ranks at, on the test split."""
-  line = ["best possible, by the law of the data", ""]
-  line += [show_metric(oracle[column.removeprefix("test ")]) if column.startswith("test ") else "" for column in METRICS]
+  values = {f"test {name}": show_metric(value) for name, value in oracle.items()}
+  line = ["best possible, by the law of the data", "", *(values.get(column, "") for column in METRICS)]
   return line + [""] * (cells - len(line))
 
 

@@ -11,6 +11,7 @@ END, LAG = ({"model.awr.slots": slots} for slots in ("end", "lag"))  # the confi
 NONE = {"none": {"model.refine": "none"}}
 VALUE = {"value": {"model.refine": "value"} | END}
 PAPER = NONE | {name: {"model.refine": name} for name in ("simple", "value", "additive")}  # the configs of A have end
+NEWEST = {"data.long_history": "newest", "train.epochs": 60}  # ML-1M before windows of long histories
 WIDTH_128, WIDTH_256 = ({"model.width": width, "model.ffn_width": width} for width in (128, 256))
 ADDITIVE_ON_SCORES, ADDITIVE_ON_WEIGHTS = (
     {"model.refine": "additive", "model.awr.additive_on": what} for what in ("scores", "weights"))
@@ -22,6 +23,12 @@ ROWS = NONE | VALUE | {
     "additive on scores": ADDITIVE_ON_SCORES | END,
     "additive on scores by lag": ADDITIVE_ON_SCORES | LAG,
 }
+
+FOUR_HEADS = {"model.heads": 4}
+LAW_ROWS = {name: ROWS[name] for name in (
+    "none", "value", "simple", "additive on scores", "additive on scores by lag")} | {
+    "none, four heads": NONE["none"] | FOUR_HEADS, "value, four heads": VALUE["value"] | FOUR_HEADS,
+    "none, four layers": NONE["none"] | {"model.layers": 4}}
 
 BASE = "awrsr_jax/config.py"  # where a table states all that it wants
 ON_BEAUTY = {"data.name": "beauty", "data.buckets": 6, "model.norm": "query"}
@@ -83,6 +90,9 @@ def get_grid() -> list[Table | Cost]:
             "configs/ml1m.py", ROWS, {}, ML1M, anchors=[
                 Anchor("SASRec, softmax over 3,000 negatives", {"test ndcg@10": 0.1857}, "antklen README"),
                 Anchor("HSTU-large", {"test ndcg@10": 0.1893}, "HSTU README, its own order of ties")]),
+      Table("B ml1m newest", "A weaker setting: full softmax on ML-1M, the newest 200 items of a history",
+            "The same question under the recipe that was the best one before.", "configs/ml1m.py",
+            {name: ROWS[name] for name in ("none", "additive on scores by lag")}, NEWEST, ML1M, seeds=(0, 1)),
       Table("C recipe", "Ablation on Beauty: the recipe", "What is each part of the recipe worth to a plain SASRec? "
             "It is at width 128, for time's sake.",
             BASE, {"the recipe, width 128": NONE["none"] | RECIPE, "width 256": NONE["none"] | RECIPE | WIDTH_256} | {
@@ -94,7 +104,13 @@ def get_grid() -> list[Table | Cost]:
               "The start from co-occurrence was found on Beauty. What is it worth elsewhere?", f"configs/{key}.py", {
                   "random item vectors": NONE["none"] | {"train.item_start": "random"},
                   "co-occurrence": NONE["none"] | {"train.item_start": "cooccurrence"}},
-              {}, data, seeds=(0, 1)) for key, title, data in (("sports", "Sports", SPORTS), ("ml1m", "ML-1M", ML1M))),
+              overrides, data, seeds=(0, 1)) for key, title, data, overrides in (
+                  ("sports", "Sports", SPORTS, {}), ("ml1m", "ML-1M", ML1M, NEWEST))),
+      Table("C windows", "Ablation on ML-1M: what of a long history is trained on",
+            "A quarter of the users have histories longer than n = 200. Is what lies before worth training on? Both "
+            "rows have about as many updates in all.", "configs/ml1m.py", {
+                "the newest n items": NONE["none"] | NEWEST, "all, in windows of n": NONE["none"]},
+            {}, ML1M, seeds=(0, 1)),
       Table("C refinement", "Ablation on Beauty: the refinement itself",
             "Which part of value refinement matters? The recipe is that of B at width 128; rank 64, order 1 and dot "
             "products unless a row says otherwise.", "configs/beauty.py", NONE | {
@@ -113,6 +129,12 @@ def get_grid() -> list[Table | Cost]:
       *(pair(f"C layers {layers}", f"layers={layers}", {"model.layers": layers}) for layers in (1, 3)),
       *(pair(f"C norm {norm}", f"norm={norm}", {"model.norm": norm}) for norm in ("pre", "post", "query")),
       pair("C sink", "an attention sink", {"model.attention.sink": 3.9}),
+      *(Table(f"C law {order}", f"Ablation on histories of a law of order {order}",
+              "An item depends on as many before it (docs/method.md, the synthetic law), and the best that any model "
+              "can do is known. Does refinement help to find the law?", "configs/synthetic.py",
+              {name: LAW_ROWS[name] for name in names},
+              {"data.synthetic.order": order, "train.average": 0.99, "train.epochs": 60, "eval.every_epochs": 4},
+              seeds=(0, 1, 2)) for order, names in ((1, ("none", "value")), (2, LAW_ROWS), (4, LAW_ROWS))),
       Cost("D", "Cost", "What the runs of B cost; times compare only between runs on one device.",
-           ("B beauty", "B beauty 128", "B sports", "B ml1m")),
+           ("B beauty", "B beauty 128", "B sports", "B ml1m", "B ml1m newest")),
   ]
