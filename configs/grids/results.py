@@ -29,6 +29,7 @@ LAW_ROWS = {name: ROWS[name] for name in (
     "none", "value", "simple", "additive on scores", "additive on scores by lag")} | {
     "none, four heads": NONE["none"] | FOUR_HEADS, "value, four heads": VALUE["value"] | FOUR_HEADS,
     "none, four layers": NONE["none"] | {"model.layers": 4}}
+LAW = {"train.average": 0.99, "train.epochs": 60, "eval.every_epochs": 4}
 
 BASE = "awrsr_jax/config.py"  # where a table states all that it wants
 ON_BEAUTY = {"data.name": "beauty", "data.buckets": 6, "model.norm": "query"}
@@ -133,8 +134,13 @@ def get_grid() -> list[Table | Cost]:
               "An item depends on as many before it (docs/method.md, the synthetic law), and the best that any model "
               "can do is known. Does refinement help to find the law?", "configs/synthetic.py",
               {name: LAW_ROWS[name] for name in names},
-              {"data.synthetic.order": order, "train.average": 0.99, "train.epochs": 60, "eval.every_epochs": 4},
+              LAW | {"data.synthetic.order": order},
               seeds=(0, 1, 2)) for order, names in ((1, ("none", "value")), (2, LAW_ROWS), (4, LAW_ROWS))),
+      Table("C law 4 long", "Ablation on histories of a law of order 4: 200 epochs",
+            "After 60 epochs plain attention is still rising. What is left of the difference at its end?",
+            "configs/synthetic.py", {name: LAW_ROWS[name] for name in ("none, four heads", "value, four heads")} | {
+                "none, four heads, four layers": LAW_ROWS["none, four layers"] | FOUR_HEADS},
+            LAW | {"data.synthetic.order": 4, "train.epochs": 200, "eval.every_epochs": 10}, seeds=(0, 1, 2)),
       Cost("D", "Cost", "What the runs of B cost; times compare only between runs on one device.",
            ("B beauty", "B beauty 128", "B sports", "B ml1m", "B ml1m newest")),
   ]
