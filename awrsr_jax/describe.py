@@ -60,7 +60,7 @@ def describe(config: ml_collections.ConfigDict, path: str | None = None) -> dict
     found = made["statistics"] | {"beyond_max_length": statistics.count_beyond(corpus, data)}
     return _join(data, found, corpus, plan_padding(corpus, data), [])
   data = finalize(config).data
-  with logs.open_database() as database:
+  with logs.open_database() as database, corpora.in_memory(data):
     log, read = corpora.read_log(database, data)
     corpus, padding, refused = None, None, []
     try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import duckdb
 import numpy as np
 import pytest
 from absl import app
@@ -285,6 +286,16 @@ def test_what_training_refuses_is_described_too(settings, reason, tmp_path):
 def test_rules_that_leave_nothing_are_refused(tmp_path):
   with pytest.raises(ValueError, match="no users left after k-core 3"):
     describe_text(tmp_path, CSV, k_core=3, duplicates="first")
+
+
+@pytest.mark.parametrize("error", [duckdb.OutOfMemoryException("full"), MemoryError()])
+def test_a_log_larger_than_memory_is_sent_to_prepare(tmp_path, monkeypatch, error):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(describe.corpora, "read_log", fail)
+  with pytest.raises(ValueError, match="a.csv: the log does not fit into memory.*awrsr_jax.prepare"):
+    describe.describe(default(), str(tmp_path / "a.csv"))
 
 
 def test_a_log_with_too_little_to_train_on_is_described_too(tmp_path):

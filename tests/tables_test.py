@@ -102,6 +102,25 @@ def test_amazon_ratings_without_a_header_say_themselves_which_column_is_which(tm
   assert read(write(tmp_path, "c.csv", "7,7,7\n1,2,8\n"), header="item,user,time")[0] == [("7", "7", 7), ("2", "1", 8)]
 
 
+def test_a_first_line_that_is_a_row_is_never_taken_for_names(tmp_path):
+  path = write(tmp_path, "ratings.csv", "1,31,2.5,1260759144\n1,32,3,1260759150\n")
+  with pytest.raises(ValueError, match="which of the columns.*first line is a row already set --config.data.header=user"):
+    read(path)
+  with pytest.raises(ValueError, match="ratings.csv: its first line.*numbers where names.*--config.data.header=user"):
+    read(path, columns__user="1", columns__item="31", columns__time="1260759144")
+  assert len(read(path, header="user,item,rating,time")[0]) == 2
+  with pytest.raises(ValueError, match="named.csv:1 holds the names.*itself; leave out --config.data.header=user,item"):
+    read(write(tmp_path, "named.csv", lines_of(("user", "item", "time"), ROWS)), header="user,item,time")
+
+
+def test_columns_without_a_name_are_left_aside(tmp_path):
+  """As `to_csv` of pandas writes its index."""
+  assert read(write(tmp_path, "a.csv", lines_of(("", "user", "item", "time"), [(i, *row) for i, row in enumerate(ROWS)])))[
+      0] == ROWS
+  assert read(write(tmp_path, "b.csv", lines_of((), [("x", *row, "y") for row in ROWS])), header=",user,item,time,")[
+      0] == ROWS
+
+
 def test_columns_by_name_beat_layouts_and_only_a_whole_layout_brings_titles(tmp_path):
   names = ("user_id", "asin", "parent_asin", "timestamp", "rating", "title", "time")
   path = write(tmp_path, "a.csv", lines_of(names, [("u", "child", "parent", 100, 4.5, "a review", 7)]))

@@ -1,5 +1,6 @@
 """Owns the corpus: interactions after the rules, numbered from 1 and ordered in time, as flat items and offsets."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -96,14 +97,19 @@ def load(data: ml_collections.ConfigDict, table: Any = None) -> Corpus:
     ValueError: see `readers.read`, `log.clean` and `rules.apply_rules`; or the split does not fit, there are fewer than
       2 items, or a benchmark differs.
   """
+  with logs.open_database() as database, in_memory(data):
+    return check(number(database, *read_log(database, data, table), data), data)
+
+
+@contextlib.contextmanager
+def in_memory(data: ml_collections.ConfigDict) -> Iterator[None]:
+  """Raises ValueError, with the way out, where what is done within takes more memory than there is."""
   try:
-    with logs.open_database() as database:
-      corpus = number(database, *read_log(database, data, table), data)
+    yield
   except (duckdb.OutOfMemoryException, MemoryError) as error:
     raise ValueError(f"{data.path or data.name}: the log does not fit into memory ({type(error).__name__}); make a "
                      "prepared corpus of it: python -m awrsr_jax.prepare --config=... --out=FOLDER, then "
                      "--config.data.path=FOLDER") from error
-  return check(corpus, data)
 
 
 def read_log(database: duckdb.DuckDBPyConnection, data: ml_collections.ConfigDict,
@@ -233,8 +239,8 @@ def _find_oracle(item_ids: np.ndarray, is_whole: bool,
   return lambda histories_BxL: score(item_ids[histories_BxL])[:, item_ids]
 
 
-def fingerprint(corpus: Corpus) -> str:
-  """Returns a hash of the histories that does not depend on how users and items are numbered.
+def fingerprint(corpus: Corpus, of_split: bool = True) -> str:
+  """Returns a hash of the histories, and of how they are split, that does not depend on how users and items are numbered.
 
   Two corpora that differ only by a renumbering of users and items have the same fingerprint; any other difference
   changes it, but for histories so symmetric that colour refinement cannot tell them apart. We define: an item's colour
@@ -244,6 +250,7 @@ def fingerprint(corpus: Corpus) -> str:
 
   Args:
     corpus: every user and every item number occurs at least once.
+    of_split: False: of the histories alone, as under leave-one-out, which follows from them.
 
   Returns:
     64 hexadecimal digits.
@@ -268,15 +275,14 @@ def fingerprint(corpus: Corpus) -> str:
       np.add.at(sums_I, items_N, _mix(user_colour_U[users_N] ^ place_N))
     item_colour_I = _mix(_mix(item_colour_I) + sums_I)
   counts = np.array([corpus.num_users, corpus.num_items, corpus.num_interactions], np.uint64)
-  user_colour_U = _colour_split(corpus, user_colour_U)
+  if of_split and corpus.split.name != "leave_one_out":
+    user_colour_U = _colour_split(corpus, user_colour_U)
   return hashlib.sha256(np.concatenate([counts, np.sort(user_colour_U)]).astype("<u8").tobytes()).hexdigest()
 
 
 def _colour_split(corpus: Corpus, user_colour_U: np.ndarray) -> np.ndarray:
-  """Mixes into each user's colour what of the history is trained on and ranked; leave-one-out follows from lengths."""
+  """Mixes into each user's colour what of the history is trained on and ranked."""
   split, starts = corpus.split, corpus.offsets[:-1]
-  if split.name == "leave_one_out":
-    return user_colour_U
   colour_U = _mix(user_colour_U ^ _mix((split.train_ends - starts).astype(np.uint64)))
   for salt, positions in enumerate(split.targets.values()):
     users = splits.users_of(corpus.offsets, positions)
@@ -323,15 +329,16 @@ def check(corpus: Corpus, data: ml_collections.ConfigDict) -> Corpus:
     raise ValueError(f"{corpus.name}: {corpus.num_items} item cannot be ranked, at least 2 are needed; set "
                      "--config.data.path to a file with more items, or lower --config.data.k_core")
   description = describe(corpus)
-  if data.name in BENCHMARKS and data.split.name == "leave_one_out":
-    _check_benchmark(description, data.name)
+  if data.name in BENCHMARKS:
+    by_length = data.split.name == "leave_one_out"
+    _check_benchmark(corpus, description["fingerprint"] if by_length else fingerprint(corpus, of_split=False), data.name)
   return dataclasses.replace(corpus, description=description)
 
 
-def _check_benchmark(description: dict[str, Any], name: str) -> None:
-  """Raises ValueError unless the corpus is the benchmark of that name."""
+def _check_benchmark(corpus: Corpus, histories: str, name: str) -> None:
+  """Raises ValueError unless the corpus, with this fingerprint of its histories, is the benchmark of that name."""
   expected = BENCHMARKS[name]
-  found = tuple(description[key] for key in ("users", "items", "interactions", "fingerprint"))
+  found = (corpus.num_users, corpus.num_items, corpus.num_interactions, histories)
   if found != expected:
     text = "{} users, {} items, {} interactions, fingerprint {}"
     raise ValueError(f"this is not the benchmark {name}: found {text.format(*found)}; expected "

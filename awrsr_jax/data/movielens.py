@@ -89,8 +89,8 @@ def read_movielens(database: duckdb.DuckDBPyConnection, data: Any, path: str) ->
   kind = detect(path) if not os.path.isdir(path) else next(
       (kind for kind in FILES if os.path.isfile(os.path.join(path, kind))), None)
   if kind is None and os.path.isdir(path):
-    raise ValueError(f"folder {path} holds none of {', '.join(FILES)}; set --config.data.path to a ratings file, its "
-                     "folder or the zip")
+    raise ValueError(f"folder {path} holds no table and none of {', '.join(FILES)}; set --config.data.path to a file, "
+                     f"to its folder or zip, or to a pattern, as {path}/*/*.parquet")
   if kind is None:
     raise ValueError(f"{path} is not MovieLens (no '::', no 4 tab-separated columns, no header {CSV_HEADER}); set "
                      "--config.data.format=sequences or pairs for plain text, table for other columns")

@@ -49,6 +49,7 @@ LAYOUTS = {  # who publishes it: the names of user, item, time, rating and title
 AMAZON_USER, AMAZON_ITEM = re.compile("A[0-9A-Z]{9,20}"), re.compile("B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 SAMPLE = 1000  # lines looked at to tell what a file is
 DELIMITERS = ",\t;|"
+HEADER = "--config.data.header=user,item,rating,time, in the order of its columns"
 
 
 def kind_of(path: str) -> str | None:
@@ -116,6 +117,9 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
       scan, names = _scan_json(files, data) if kind == "json" else _scan_parquet(database, files)
       delimiter, has_header = "", False
     chosen = choose_columns(names, data.columns, path)
+    if has_header and any(map(_is_number, chosen.values())):
+      raise ValueError(f"{files[0]}: its first line, {names}, holds numbers where names of columns would stand, and "
+                       f"would not be read; for a file without a header set {HEADER}")
     columns = ", ".join(f'{_name(name)} AS "{key}"' for key, name in chosen.items())
     if kind == "json":
       scan = scan.replace("$columns", ", ".join(f"{_text(name)}: 'JSON'" for name in chosen.values()))
@@ -198,8 +202,18 @@ def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]
     if set(KEYS[:3]) <= full.keys():
       return {key: full[key] for key in KEYS if key in full}
   known = "; ".join(f"{', '.join(layout[:3])} ({name})" for name, layout in LAYOUTS.items())
+  headless = f"; for a file whose first line is a row already set {HEADER}" * any(map(_is_number, names))
   raise ValueError(f"{where}: which of the columns {names} are user, item and time? Known are {known}; for others set "
-                   "--config.data.columns.user=NAME, .item=NAME and .time=NAME")
+                   f"--config.data.columns.user=NAME, .item=NAME and .time=NAME{headless}")
+
+
+def _is_number(text: str) -> bool:
+  """Returns whether a text is a number."""
+  try:
+    float(text)
+  except ValueError:
+    return False
+  return True
 
 
 def _scan_csv(files: list[str], data: Any,
@@ -235,9 +249,13 @@ def _csv_head(file: str, data: Any) -> tuple[str, tuple[str, ...], int]:
   names, skipped = tuple(data.header.split(",")) if data.header else _amazon_names(rows), 0
   if not names:
     names, skipped = tuple(rows[0]), numbered[0][0]
-  if len(set(names)) < len(names) or "" in names:
+  elif data.header and rows[0] == list(names):
+    raise ValueError(f"{file}:{numbered[0][0]} holds the names of its columns itself; leave out --config.data.header="
+                     f"{data.header}, which is for files without them")
+  names = tuple(name or f"column {place}" for place, name in enumerate(names, start=1))  # pandas writes its index so
+  if len(set(names)) < len(names):
     raise ValueError(f"{file}:1: {list(names)} are the names of columns, each once, only in a file with a header; for "
-                     "one without set --config.data.header=user,item,rating,time, in the order of its columns")
+                     f"one without set {HEADER}")
   return delimiter, names, skipped
 
 

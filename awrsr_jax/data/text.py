@@ -17,6 +17,8 @@ from awrsr_jax.data.lines import quote, read_raw_lines
 from awrsr_jax.data.log import Interactions
 
 LOG = logging.getLogger(__name__)
+TABLE = ("a table of named columns (CSV) is read with --config.data.format=table, and one without names with "
+         "--config.data.header=user,item,rating,time")  # the way out for those who come with another kind of file
 
 
 def read_bytes(path: str, limit: int | None) -> bytes:
@@ -91,7 +93,8 @@ def read_sequences(path: str, on_bad_row: str = "error") -> Interactions:
     at = int(np.setdiff1d(np.arange(users.size), first)[0])
     other = int(np.argmax(users == users[at]))
     raise ValueError(f"{path}:{lines[at]}: user {users[at]} is already on line {lines[other]}; give each user one "
-                     "line, or set --config.data.format=pairs if every line is one 'user item'")
+                     "line, or set --config.data.format=pairs if every line is one 'user item', or table if it has "
+                     f"more columns; {TABLE}")
   is_item = np.ones(values.size, dtype=bool)
   is_item[starts] = False
   return Interactions(np.repeat(users, counts - 1), values[is_item], None, {}, path)
@@ -117,7 +120,7 @@ def read_pairs(path: str, on_bad_row: str = "error") -> Interactions:
   if (counts != 2).any():
     at = int(np.argmax(counts != 2))
     raise ValueError(f"{path}:{lines[at]}: {counts[at]} columns where 'user item' has 2; for lines of "
-                     "'user item_1 item_2 ...' set --config.data.format=sequences")
+                     f"'user item_1 item_2 ...' set --config.data.format=sequences; {TABLE}")
   values = _parse(tokens, counts, lines, path).reshape(-1, 2)
   return Interactions(values[:, 0].copy(), values[:, 1].copy(), None, {}, path)
 
@@ -181,7 +184,7 @@ def _parse(tokens: list[list[str]], counts: np.ndarray, lines: list[int], path: 
                        if not _is_int64(token))
     is_number = token.lstrip("+-").isdigit()
     raise ValueError(f"{path}:{line}: {quote(token)} is {'too large for 64 bits' if is_number else 'not a number'}; "
-                     "ids are whole numbers, separated by spaces or tabs") from error
+                     f"ids are whole numbers, separated by spaces or tabs; {TABLE}") from error
   line_of_token = np.repeat(np.array(lines), counts)
   is_user = np.zeros(values.size, dtype=bool)
   is_user[np.cumsum(counts) - counts] = True
