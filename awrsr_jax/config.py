@@ -137,7 +137,8 @@ def default() -> ml_collections.ConfigDict:
   model.awr.share_heads = False  # one slot table for all heads
   model.awr.correlation = config_dict.placeholder(str)  # dot | wasserstein; None: the preset's own
   model.awr.additive_on = "scores"  # additive: scores | weights (gated)
-  model.awr.gate = config_dict.placeholder(float)  # value, additive on weights: keep 1 - g of A; g starts here, a head
+  # value, additive on weights: keep 1 - g of A; g starts here, a head; None: .5 on weights, and value keeps nothing
+  model.awr.gate = config_dict.placeholder(float)
   model.awr.value_projection = False  # value: multiply A by a learned [n, n] matrix that starts at the identity
 
   config.loss = loss = ml_collections.ConfigDict()
