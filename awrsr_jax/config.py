@@ -152,7 +152,7 @@ def default() -> ml_collections.ConfigDict:
   train.epochs = 100
   train.batch_size = 128  # sequences in a global batch, of every bucket its share
   train.steps_per_call = config_dict.placeholder(int)  # with data.feed on the device; None: 1 on CPUs, else 16
-  train.accumulate = 1  # pieces that a batch is worked through in, one after another: less memory, the same update
+  train.accumulate = 1  # pieces of a batch, one after another: less memory, the same update but for what each draws
   train.item_start = "random"  # random | cooccurrence: item vectors begin near those that stand beside them in training
   train.optimizer = "adam"  # adam | adamw
   train.learning_rate = 1e-3
