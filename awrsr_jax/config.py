@@ -284,14 +284,6 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
   if model.awr.gate is not None and not (mixes and model.awr.gate < 1):
     raise ValueError(f"config.model.awr.gate={model.awr.gate} is the share of refined weights at the start, between 0 "
                      "and 1, and needs config.model.refine=value, or additive with model.awr.additive_on=weights")
-  mixes_lags = model.awr.slots == "lag" and model.refine == "value" and model.awr.order > 1
-  squares = model.backbone == "stosa"
-  if model.attention.implementation == "fused" and (model.awr.value_projection or mixes_lags or (mixes and squares)):
-    reason = ("config.model.awr.value_projection=True" if model.awr.value_projection else
-              f"config.model.awr.slots=lag with config.model.refine=value of config.model.awr.order={model.awr.order}"
-              if mixes_lags else
-              f"config.model.refine={model.refine} on weights with config.model.backbone=stosa, which squares them")
-    raise ValueError(f"config.model.attention.implementation=fused cannot do {reason}; use auto or reference")
   if model.refine == "stochastic" and model.awr.correlation == "dot":
     raise ValueError("config.model.refine=stochastic is the Wasserstein correlation; for dot use "
                      "config.model.refine=simple")

@@ -188,8 +188,6 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
     ({"model__awr__additive_on": "weights"}, "config.model.awr.additive_on=weights needs config.model.refine=additive"),
     ({"model__refine": "stochastic", "model__awr__correlation": "dot"}, "config.model.refine=stochastic"),
     ({"model__refine": "none", "model__awr__correlation": "dot"}, "config.model.awr.correlation=dot"),
-    ({"model__awr__slots": "lag", "model__awr__order": 2, "model__attention__implementation": "fused"},
-     "fused cannot do config.model.awr.slots=lag with config.model.refine=value of config.model.awr.order=2"),
     ({"model__attention__sink": math.inf}, "config.model.attention.sink=inf must be a finite number"),
     ({"model__cosine": 9.0, "model__backbone": "stosa"}, "config.model.cosine=9.0 must be a finite factor"),
     ({"model__branch_gates": True, "model__backbone": "stosa"}, "branch_gates=True needs config.model.backbone=sasrec"),

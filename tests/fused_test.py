@@ -1,7 +1,6 @@
 """Attention in blocks against attention with its weights in memory: the same values and gradients, in linear memory."""
 
 import contextlib
-import functools
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from refine_test import VARIANTS, model_of, random_params
 
 from awrsr_jax.config import default, finalize
 from awrsr_jax.model import attention
+from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.blocks import SelfAttention
 from awrsr_jax.model.refine import build_refinement
 from awrsr_jax.model.stosa import GaussianSelfAttention
@@ -127,37 +127,26 @@ def test_the_memory_of_blocks_grows_with_the_length_and_that_of_the_reference_wi
   assert fused < 2.4 and reference > 3.5
 
 
-@functools.cache
-def config_of(**changes: Any) -> Any:
-  config = default()
-  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-  return config
-
-
-@pytest.mark.parametrize("changes, reason", [
-    ({"model__awr__value_projection": True}, "value_projection=True"),
-    ({"model__backbone": "stosa"}, "refine=value on weights with config.model.backbone=stosa"),
-    ({"model__backbone": "stosa", "model__refine": "additive", "model__awr__additive_on": "weights"},
-     "refine=additive"),
-    ({"model__awr__slots": "lag", "model__awr__order": 2}, "slots=lag with config.model.refine=value of .*order=2"),
-])
-def test_fused_is_refused_where_it_cannot_be_and_auto_takes_the_reference(changes, reason):
-  with pytest.raises(ValueError, match=reason):
-    finalize(config_of(**changes, model__attention__implementation="fused"))
-  model = finalize(config_of(**changes)).model
-  assert build_refinement(model, N).refuses_blocks(squares=model.backbone == "stosa")
-
-
 @pytest.mark.parametrize("backbone", ["sasrec", "stosa"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", [1, 2])
-def test_config_and_refinement_agree_on_where_fused_is_refused(variant, backbone, order):
-  refused = bool(build_refinement(model_of(variant, order), N).refuses_blocks(squares=backbone == "stosa"))
-  assert refused == (variant == "value_projection" or (backbone == "stosa" and variant in MIXES)
-                     or (order == 2 and variant in ("value_lag", "value_gated_lag_sink")))
+def test_blocks_are_refused_where_they_cannot_be(variant, backbone, order):
+  assert bool(build_refinement(model_of(variant, order), N).refuses_blocks(squares=backbone == "stosa")) == (
+      variant == "value_projection" or (backbone == "stosa" and variant in MIXES)
+      or (order == 2 and variant in ("value_lag", "value_gated_lag_sink")))
+
+
+@pytest.mark.parametrize("backbone, variant, order, reason", [
+    ("sasrec", "value_projection", 1, "a value projection"), ("sasrec", "value_lag", 2, "slots that each row"),
+    ("stosa", "value", 1, "the square"), ("stosa", "additive_on_weights", 1, "the square"),
+    ("sasrec", "value", 2, ""), ("sasrec", "value_lag", 1, ""), ("stosa", "additive_on_scores", 2, "")])
+def test_a_backbone_refuses_to_be_fused_where_it_cannot_and_auto_takes_the_reference(backbone, variant, order, reason):
   config = default()
-  config.model.backbone = backbone
-  config.model.update(VARIANTS[variant])
+  config.model.update({"backbone": backbone, **VARIANTS[variant]})
   config.model.attention.implementation, config.model.awr.order = "fused", order
-  with pytest.raises(ValueError, match="fused cannot do") if refused else contextlib.nullcontext():
-    finalize(config)
+  refused = pytest.raises(ValueError, match=f"implementation=fused cannot .* say: {reason}.*; use auto or reference")
+  with refused if reason else contextlib.nullcontext():
+    build_backbone(finalize(config), 10)
+  config.model.attention.implementation = "auto"
+  backbone = build_backbone(finalize(config), 10)
+  jax.eval_shape(lambda: backbone.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))

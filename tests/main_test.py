@@ -57,11 +57,13 @@ def test_good_text_passes_the_same_checks(small_config, tmp_path, no_compile):
     ({"eval.protocol": "uniform100"}, "uniform100"),
     ({"data.path": "nowhere.txt"}, "nowhere.txt"),
     ({"train.learning_rate": float("nan")}, "learning_rate"),
+    ({"model.attention.implementation": "fused", "model.awr.value_projection": True}, "implementation=fused cannot"),
 ])
 def test_bad_config_is_refused(change, message, small_config, tmp_path, no_compile):
   small_config.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match=message):
     train_module.train(small_config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(small_config, tmp_path, no_compile):

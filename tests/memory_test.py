@@ -109,6 +109,7 @@ def test_a_dry_run_counts_a_corpus_that_lives_on_the_devices(tmp_path):
     (["--workdir=run", "--items=5"], "--devices and --items are for --dry_run"),
     (["--dry_run", "--devices=3", "--config.mesh.data=-1", "--config.mesh.model=2"], "does not fit 3 devices"),
     (["--dry_run", "--devices=3", "--config.mesh.model=3"], "table_multiple=8 must be a multiple"),
+    (["--dry_run", "--config.model.attention.implementation=fused", "--config.model.backbone=stosa"], "fused cannot"),
 ])
 def test_a_dry_run_that_does_not_fit_is_one_line(tmp_path, flags, message):
   done = dry_run(tmp_path, *flags)

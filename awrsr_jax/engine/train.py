@@ -90,9 +90,9 @@ def make_job(config: Any, table: Any = None) -> Job:
     batches = data_batches.training_batches(corpus, config, parts)
     ranked = {split: data_batches.ranking_batches(corpus, config, split, parts) for split in ("valid", "test")}
     is_resident = feeds.is_resident(config, batches)
+    backbone = build_backbone(config, corpus.num_items)
   processes.check_equal("config", dict(walk(config)))
   processes.check_equal("corpus", data_corpus.describe(corpus))
-  backbone = build_backbone(config, corpus.num_items)
   optimizer = make_optimizer(config.train, len(batches))
   items = meshes.replicate(mesh, np.asarray(corpus.items)) if is_resident else None
   cumulative = meshes.replicate(mesh, np.cumsum(corpus.counts[1:], dtype=np.int32))

@@ -26,8 +26,15 @@ BACKBONES = {"sasrec": SASRec, "stosa": STOSA}
 
 
 def build_backbone(config: Any, num_items: int) -> nn.Module:
-  """Returns the backbone that a finalized config names, for items 1 to num_items."""
-  return BACKBONES[config.model.backbone](config.model, config.data.max_length, num_items)
+  """Returns the backbone that a finalized config names, for items 1 to num_items.
+
+  Raises:
+    ValueError: fused attention is asked for, and cannot do what the config wants of it.
+  """
+  backbone = BACKBONES[config.model.backbone](config.model, config.data.max_length, num_items)
+  if config.model.attention.implementation == "fused":  # what it cannot do is raised here, before anything is written
+    jax.eval_shape(lambda: backbone.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+  return backbone
 
 
 def encode_newest(backbone: nn.Module, params: Any, inputs_BxL: jax.Array) -> Hidden:

@@ -24,7 +24,14 @@ def attention_rate(model: Any) -> float:
 
 
 def in_blocks(module: nn.Module, implementation: str, refusal: str) -> bool:
-  """Whether attention runs in blocks: not where it cannot (`refusal` says why), nor where maps are asked for."""
+  """Whether attention runs in blocks: not where it cannot (`refusal` says why), nor where maps are asked for.
+
+  Raises:
+    ValueError: it cannot, and fused is asked for.
+  """
+  if implementation == "fused" and refusal:
+    raise ValueError("config.model.attention.implementation=fused cannot do what config.model.refine, awr and backbone "
+                     f"say: {refusal}; use auto or reference")
   wants_maps = module.is_mutable_collection("intermediates")
   return implementation != "reference" and not refusal and not wants_maps
 
