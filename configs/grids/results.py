@@ -136,11 +136,11 @@ def get_grid() -> list[Table | Cost]:
               {name: LAW_ROWS[name] for name in names},
               LAW | {"data.synthetic.order": order},
               seeds=(0, 1, 2)) for order, names in ((1, ("none", "value")), (2, LAW_ROWS), (4, LAW_ROWS))),
-      Table("C law 4 long", "Ablation on histories of a law of order 4: 200 epochs",
+      Table("C law 4 long", "Ablation on histories of a law of order 4: 120 epochs",
             "After 60 epochs plain attention is still rising. What is left of the difference at its end?",
             "configs/synthetic.py", {name: LAW_ROWS[name] for name in ("none, four heads", "value, four heads")} | {
                 "none, four heads, four layers": LAW_ROWS["none, four layers"] | FOUR_HEADS},
-            LAW | {"data.synthetic.order": 4, "train.epochs": 200, "eval.every_epochs": 10}, seeds=(0, 1, 2)),
+            LAW | {"data.synthetic.order": 4, "train.epochs": 120}, seeds=(0, 1, 2)),
       Cost("D", "Cost", "What the runs of B cost; times compare only between runs on one device.",
            ("B beauty", "B beauty 128", "B sports", "B ml1m", "B ml1m newest")),
   ]
