@@ -248,9 +248,15 @@ def copied(run, tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
   for folder in (tmp_path, tmp_path / "nowhere"):
-    with pytest.raises(ValueError, match="is no run folder: it has no config.json"):
+    with pytest.raises(ValueError, match="is no run folder: it has neither checkpoints nor config.json"):
       load(folder)
   assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_checkpoints_alone_are_enough(run, trained, tmp_path):
+  shutil.copytree(run[1] / "checkpoints", tmp_path / "checkpoints")
+  histories = [trained.catalogue.item_ids[:4]]
+  assert load(tmp_path, step=trained.step).recommend(histories, k=3) == trained.recommend(histories, k=3)
 
 
 def test_a_run_without_a_finished_checkpoint_is_refused(copied):
