@@ -15,8 +15,10 @@ import tiny_config
 
 import awrsr_jax
 from awrsr_jax.config import default, finalize
+from awrsr_jax.data import batches
 from awrsr_jax.engine import checkpoint
 from awrsr_jax.engine.train import make_job, train
+from awrsr_jax.evaluate import evaluate
 from awrsr_jax.inference.trained import load
 from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.gaussian import wasserstein
@@ -236,6 +238,30 @@ def test_ids_that_were_numbers_come_back_as_numbers(tmp_path):
   [found] = trained.recommend([[1, "2", 3]], k=3)
   assert all(type(one.item) is int for one in found) and found == trained.recommend([["1", 2, np.int64(3)]], k=3)[0]
   assert all(type(one.score) is float for one in found)
+
+
+# --- ranking again
+
+
+def test_a_run_that_is_evaluated_again_gives_its_own_numbers_and_is_left_as_it_is(run):
+  before = {path: path.stat().st_mtime_ns for path in run[1].rglob("*")}
+  found, result = evaluate(run[1]), json.loads((run[1] / "result.json").read_text())
+  assert found == {key: result[key] for key in ("protocol", "valid", "test")} | {"step": result["best_step"]}
+  assert before == {path: path.stat().st_mtime_ns for path in run[1].rglob("*")}
+
+
+def test_a_run_is_evaluated_under_another_protocol(run, monkeypatch):
+  monkeypatch.setattr(batches, "NUM_CANDIDATES", 5)
+  found = evaluate(run[1], "popular100", data=run[0].data.path)
+  assert found["protocol"].count("SAMPLED") == 1 and found["test"]["hr@10"] == found["valid"]["hr@10"] == 1
+  assert 0 < found["test"]["hr@1"] < 1
+
+
+def test_a_run_is_evaluated_on_its_own_data_alone(run, tmp_path):
+  lines = (run[1].parent / "log.csv").read_text().splitlines()
+  (tmp_path / "other.csv").write_text("\n".join(lines[:-1]) + "\n")
+  with pytest.raises(ValueError, match="was made from another corpus: .*fingerprint.*Use the same data"):
+    evaluate(run[1], data=str(tmp_path / "other.csv"))
 
 
 # --- what is no run

@@ -45,6 +45,7 @@ FREE_KEYS = {
     "model.remat",  # the same values, made twice
     "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
     "eval.keep_ranks", "eval.hash_ids",  # a file more or less, with ids or without
+    "eval.batch_size", "eval.block_items",  # they change no rank
 }
 IDS = pyarrow.int64(), pyarrow.string(), pyarrow.large_string()
 NUMBERS = pyarrow.int32(), pyarrow.int64()
