@@ -126,6 +126,13 @@ def test_the_whole_suite_runs_a_file_on_each_core_at_a_time(given, added, tree):
   assert tree.run("test.sh", *given).stdout.strip() == f"-m pytest -q {' '.join(given)}{added}"
 
 
+def test_pip_takes_the_requirements_as_constraints():
+  command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--no-deps", "jax",
+             "-c", "requirements.txt"]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert not result.returncode, result.stderr
+
+
 # local_processes.sh
 
 
