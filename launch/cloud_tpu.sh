@@ -12,7 +12,7 @@ Trains on a Cloud TPU slice, with gcloud: one process on each of its workers, al
   wait      waits until it is ACTIVE
   setup     copies HEAD of this checkout to ~/awrsr_jax on every worker and makes .venv there, with jax[tpu] and gcsfs
   start     starts awrsr_jax.main with the flags on every worker, and leaves it running; it is started again there when
-            it ends with 75 or by a signal
+            it ends with 75 or by a signal, unless three starts in a row end at the same checkpoint
   follow    shows the log of a worker as it grows
   stop      has the run save and end, and waits for that
   resume    after a preemption: deletes what is left of the slice, creates, waits, sets up, and starts with the flags of
@@ -155,10 +155,11 @@ start() {
 
 # Runs the job until it is complete, fails for a reason of its own, or is told to stop.
 keep_running() {
-  local pid="" code=75 stopping=""
+  local pid="" code stopping=""
+  read_flags "$@"
   trap '' HUP
   trap 'stopping=1; kill -TERM "$pid" 2>/dev/null || true' TERM
-  while ((code == 75 || code > 128)) && [[ -z $stopping ]]; do
+  while true; do
     .venv/bin/python -m awrsr_jax.main "$@" &
     pid=$!
     # A wait would be cut short by the signal, and so miss how the job ended.
@@ -168,6 +169,7 @@ keep_running() {
     echo "$(date '+%F %T') The job ended with $code."
     # Time for a stop to reach this worker too, when it was first on another and has ended the run.
     if ((code)) && [[ -z $stopping ]]; then sleep 10; fi
+    if ((code != 75 && code <= 128)) || ! gets_ahead runs/job/ends "$workdir" || [[ -n $stopping ]]; then break; fi
   done
   echo "$code" >runs/job/exit_code
 }
@@ -237,7 +239,7 @@ case $command in
     ;;
   start_here)
     refuse_while_running
-    rm -f runs/job/exit_code
+    rm -f runs/job/exit_code runs/job/ends
     keep_running ${flags[@]+"${flags[@]}"} </dev/null >>runs/job/log 2>&1 &
     echo "$!" >runs/job/pid
     echo "$(hostname): started"

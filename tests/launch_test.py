@@ -56,8 +56,9 @@ class Tree:
     (self.root / path).chmod(0o755)
 
   def program(self, text: str) -> None:
-    """Has a bash text stand in for Python; $id is the process, $start counts its starts from 1."""
+    """Has a bash text stand in for awrsr_jax.main; $id is the process, $start counts its starts from 1."""
     self.fake(".venv/bin/python", f"""
+if [[ $1 == -c ]]; then exec {sys.executable} "$@"; fi
 id=0
 for flag in "$@"; do case $flag in --process_id=*) id=${{flag#*=}} ;; esac; done
 echo >>"$TREE/starts_$id"
@@ -328,6 +329,16 @@ def test_a_worker_starts_again_after_75_and_a_signal_and_ends_with_anything_else
 
 
 @NEEDS_FLOCK
+@pytest.mark.parametrize("code, last, starts", [(75, 0, 3), (134, 2, 4)])
+def test_a_worker_ends_once_three_starts_in_a_row_saved_nothing_new(code, last, starts, tree):
+  tree.program(f'if ((start <= {last})); then mkdir -p "a run/checkpoints/$start"; fi; exit $((start < 9 ? {code} : 0))')
+  assert tree.run("cloud_tpu.sh", "start_here", "--", "--config=c.py", "--workdir=a run").returncode == 0
+  tree.wait_for("runs/job/exit_code")
+  assert tree.read("starts_0") == "\n" * starts
+  assert f"Three starts in a row ended with checkpoint {last} as the newest" in tree.read("runs/job/log")
+
+
+@NEEDS_FLOCK
 def test_stop_on_a_worker_has_the_job_save_and_does_not_start_it_again(tree):
   tree.program('trap "sleep 1; exit 75" TERM; echo >>"$TREE/ready"; while true; do sleep 1; done')
   assert tree.run("cloud_tpu.sh", "start_here", "--", "--config=c.py").returncode == 0
@@ -358,9 +369,12 @@ def test_install_on_a_worker_brings_a_newer_python_if_needed_and_the_build_for_t
 
 
 JOB = """#!/usr/bin/env bash
+source launch/common.sh
 code=0
 srun --kill-on-bad-exit=0 .venv/bin/python -m awrsr_jax.main --workdir=runs/ml1m --config=configs/ml1m.py || code=$?
-if ((code == 75 || code > 128)); then scontrol requeue "$SLURM_JOB_ID"; fi
+if ((code == 75 || code > 128)) && gets_ahead "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID.ends" runs/ml1m; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit $code
 """
 OPTIONS = "--job-name=awrsr_jax --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --partition=gpu --account=me " \
@@ -395,9 +409,28 @@ def test_slurm_without_gpus_has_one_process_per_node(tree):
   assert "\nsrun --kill-on-bad-exit=0 env JAX_PLATFORMS=cpu .venv/bin/python -m awrsr_jax.main " in printed
 
 
-@pytest.mark.parametrize("code, requeued", [(0, []), (1, []), (75, ["scontrol requeue 42"])])
-def test_a_slurm_job_goes_back_to_the_queue_after_75_alone(code, requeued, tree):
-  tree.fake("bin/srun", f"exit {code}", record=False)
+def run_job(tree, srun: str) -> int:
+  tree.fake("bin/srun", srun, record=False)
   tree.fake("bin/scontrol")
-  result = subprocess.run(["bash"], input=JOB, text=True, env=tree.env | {"SLURM_JOB_ID": "42"})
-  assert result.returncode == code and tree.calls == requeued
+  (tree.root / "runs").mkdir(exist_ok=True)
+  env = tree.env | {"SLURM_JOB_NAME": "awrsr_jax", "SLURM_JOB_ID": "42"}
+  return subprocess.run(["bash"], input=JOB, text=True, cwd=tree.root, env=env).returncode
+
+
+@pytest.mark.parametrize("code, requeued", [(0, []), (1, []), (75, ["scontrol requeue 42"]),
+                                            (137, ["scontrol requeue 42"])])
+def test_a_slurm_job_goes_back_to_the_queue_after_75_and_a_signal(code, requeued, tree):
+  assert run_job(tree, f"exit {code}") == code and tree.calls == requeued
+
+
+def test_a_slurm_job_goes_back_to_the_queue_until_three_starts_in_a_row_saved_nothing_new(tree):
+  save = 'mkdir -p "runs/ml1m/checkpoints/{}"; exit 75'
+  for start, text in enumerate([save.format(9), save.format(10), "exit 75", save.format("11.tmp")], start=1):
+    assert run_job(tree, text) == 75 and len(tree.calls) == min(start, 3)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_slurm_job_on_a_full_disk_ends(tree):
+  (tree.root / "runs").mkdir()
+  (tree.root / "runs" / "awrsr_jax-42.ends").symlink_to("/dev/full")
+  assert run_job(tree, "exit 75") == 75 and not tree.calls
