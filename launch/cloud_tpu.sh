@@ -99,6 +99,7 @@ if ((${#missing[@]})); then die "$command needs settings that are not given:" "$
 place=("--project=$project" "--zone=$zone")
 kept=runs/cloud_tpu/$name.flags
 here="bash awrsr_jax/launch/cloud_tpu.sh"
+busy="a job is running already. To end it: bash launch/cloud_tpu.sh stop"
 
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" "--worker=$1" "--command=$2"
@@ -141,12 +142,15 @@ wait_until_active() {
 
 setup() {
   local changes="" archive=runs/cloud_tpu/$name.tar.gz
+  local is_free="mkdir -p awrsr_jax/runs/job && flock -n awrsr_jax/runs/job/lock true"
   if [[ -z $dry_run ]]; then changes=$(git status --short); fi
   if [[ -n $changes ]]; then printf 'Not committed, and so not copied:\n%s\n' "$changes" >&2; fi
   run mkdir -p runs/cloud_tpu
   run git archive --format=tar.gz "--output=$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:awrsr_jax.tar.gz" "${place[@]}" --worker=all
-  on_workers all "mkdir -p awrsr_jax && tar -xzf awrsr_jax.tar.gz -C awrsr_jax && $here install_here"
+  # The next start of a running job would import what is unpacked. All workers are asked before one is changed.
+  on_workers all "$is_free || { echo \"\$(hostname): $busy\" >&2; exit 1; }"
+  on_workers all "tar -xzf awrsr_jax.tar.gz -C awrsr_jax && $here install_here"
 }
 
 start() {
@@ -162,6 +166,7 @@ keep_running() {
   while true; do
     .venv/bin/python -m awrsr_jax.main "$@" &
     pid=$!
+    echo "$pid" >runs/job/python_pid
     # A wait would be cut short by the signal, and so miss how the job ended.
     while kill -0 "$pid" 2>/dev/null; do sleep 1; done
     code=0
@@ -178,7 +183,19 @@ keep_running() {
 refuse_while_running() {
   mkdir -p runs/job
   exec 8>>runs/job/lock
-  flock -n 8 || die "$(hostname): a job is running already. To end it: bash launch/cloud_tpu.sh stop"
+  flock -n 8 || die "$(hostname): $busy"
+}
+
+# Leaves in $pid the loop, or its Python where the loop was killed. It holds the lock; a process that has got the number
+# of one that ended does not.
+find_job() {
+  local file
+  for file in runs/job/pid runs/job/python_pid; do
+    pid=$(cat "$file" 2>/dev/null) || continue
+    if [[ /proc/$pid/fd/8 -ef runs/job/lock ]]; then return; fi
+  done
+  die "$(hostname): no job is running, but $PWD/runs/job/lock is held: by a setup, or by what a killed job has left." \
+    "On this worker, fuser -v $PWD/runs/job/lock names the process. Wait for it, or kill it."
 }
 
 case $command in
@@ -249,9 +266,10 @@ case $command in
     if flock -n runs/job/lock true; then
       echo "$(hostname): no job is running"
     else
-      kill -TERM "$(cat runs/job/pid)"
+      find_job
+      kill -TERM "$pid"
       flock runs/job/lock true
-      echo "$(hostname): ended with $(cat runs/job/exit_code)"
+      echo "$(hostname): ended with $(cat runs/job/exit_code 2>/dev/null || echo "a code that runs/job/log may tell")"
     fi
     ;;
 esac
