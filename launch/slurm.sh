@@ -12,7 +12,8 @@ the same checkpoint. scancel ends it for good.
   --nodes=N            default 1
   --gpus_per_node=N    default 1
   --partition=NAME, --account=NAME, --time=HH:MM:SS    as for sbatch; what is not given is the cluster's default
-  --name=NAME          of the job (default awrsr_jax); its output is in runs/NAME-JOBID.log
+  --name=NAME          of the job (default awrsr_jax); its output is in runs/NAME-JOBID.log, and the newest checkpoint
+                       at the end of each start in runs/NAME-JOBID.ends
   --cpu                no GPUs: one process per node
   --dry_run            prints what would be submitted
 
