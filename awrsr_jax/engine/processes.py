@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,9 +121,16 @@ def check_equal(what: str, content: dict[str, Any]) -> None:
 
 
 def tells_of_a_loss(error: Exception) -> bool:
-  """Whether an error is what JAX raises when another process is gone; there is no type for it."""
-  signs = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "Connection closed by peer")
-  return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
+  """Whether an error is what JAX raises when another process is gone; there is no type for it.
+
+  NCCL fails too where it was set up wrongly (another network, little shared memory), and a bucket can be UNAVAILABLE,
+  of which TensorStore raises a ValueError: the same command would fail again.
+  """
+  text = str(error)
+  by_nccl = "NCCL" in text and "ncclCommInit" not in text and re.search("remote|connection|abort", text, re.IGNORECASE)
+  by_service = "UNAVAILABLE" in text and not isinstance(error, ValueError)
+  signs = ("Gloo", "coordination service", "Connection closed by peer")
+  return jax.process_count() > 1 and bool(by_nccl or by_service or any(sign in text for sign in signs))
 
 
 @contextlib.contextmanager
