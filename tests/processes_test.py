@@ -202,6 +202,24 @@ def test_what_is_wrong_on_one_process_ends_all_with_its_message(start, tmp_path,
   assert not (ROOT / "elsewhere").exists()
 
 
+def test_an_error_of_one_process_alone_is_told_from_one_of_all(monkeypatch):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "gather", lambda text: [text, '{"a": 2}'])  # process 1 says this
+  with pytest.raises(UnicodeError, match="mine") as of_this, processes.together():
+    raise UnicodeError("mine")
+  with pytest.raises(ValueError, match='process 1: {"a": 2}') as of_another, processes.together():
+    pass
+  with pytest.raises(ValueError, match="a: 1 on process 0, 2 on process 1") as of_both:
+    processes.check_equal("config", {"a": 1})
+  with pytest.raises(ValueError, match="invalid literal") as of_first:
+    processes.array_from_first(lambda: int("made by process 0"), (), np.int32)
+  agreed = [of_this.value, of_another.value, of_both.value, of_first.value, FloatingPointError("not finite")]
+  assert not any(map(processes.fails_alone, agreed)) and processes.fails_alone(ValueError("mine"))
+  monkeypatch.setattr(jax, "process_count", lambda: 1)
+  assert not processes.fails_alone(ValueError("mine"))
+
+
 NCCL = "INTERNAL: NCCL operation {} failed: {}. Last NCCL warning(error) log entry (may be unrelated) '{}'."
 
 
