@@ -228,6 +228,7 @@ NCCL = "INTERNAL: NCCL operation {} failed: {}. Last NCCL warning(error) log ent
     (jax.errors.JaxRuntimeError, "UNAVAILABLE: The following tasks are unhealthy: /job:jax_worker/task:1", True),
     (TimeoutError, "Timeout waiting at barrier. The original error raised was: UNAVAILABLE: failed to connect", True),
     (ValueError, "UNAVAILABLE: Error reading \"gs://bucket/run/checkpoints/9\": All 32 retry attempts failed", False),
+    (RuntimeError, "checkpoints cannot be read now (ValueError: UNAVAILABLE: Error reading gs://bucket/run)", False),
     (jax.errors.JaxRuntimeError, NCCL.format(
         "ncclGroupEnd()", "remote process exited or there was a network error", ""), True),
     (jax.errors.JaxRuntimeError, NCCL.format(

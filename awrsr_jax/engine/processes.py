@@ -145,12 +145,12 @@ def fails_alone(error: Exception) -> bool:
 def tells_of_a_loss(error: Exception) -> bool:
   """Whether an error is what JAX raises when another process is gone; there is no type for it.
 
-  NCCL fails too where it was set up wrongly (another network, little shared memory), and a bucket can be UNAVAILABLE,
-  of which TensorStore raises a ValueError: the same command would fail again.
+  NCCL fails too where it was set up wrongly (another network, little shared memory), and a bucket can be UNAVAILABLE:
+  the same command would fail again.
   """
   text = str(error)
   by_nccl = "NCCL" in text and "ncclCommInit" not in text and re.search("remote|connection|abort", text, re.IGNORECASE)
-  by_service = "UNAVAILABLE" in text and not isinstance(error, ValueError)
+  by_service = "UNAVAILABLE" in text and isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError))  # or Orbax's
   signs = ("Gloo", "coordination service", "Connection closed by peer")
   return jax.process_count() > 1 and bool(by_nccl or by_service or any(sign in text for sign in signs))
 
