@@ -136,8 +136,9 @@ def default() -> ml_collections.ConfigDict:
   model.awr.slots = "end"  # end | lag: row j of a slot table is n-1-j steps before the end, or before each row
   model.awr.share_heads = False  # one slot table for all heads
   model.awr.correlation = config_dict.placeholder(str)  # dot | wasserstein; None: the preset's own
-  model.awr.additive_on = "scores"  # scores | weights (gated)
-  model.awr.gate = config_dict.placeholder(float)  # value, additive on weights: keep 1 - g of A; g starts here, a head
+  model.awr.additive_on = "scores"  # additive: scores | weights (gated)
+  # value, additive on weights: keep 1 - g of A; g starts here, a head; None: .5 on weights, and value keeps nothing
+  model.awr.gate = config_dict.placeholder(float)
   model.awr.value_projection = False  # value: multiply A by a learned [n, n] matrix that starts at the identity
 
   config.loss = loss = ml_collections.ConfigDict()
@@ -151,7 +152,7 @@ def default() -> ml_collections.ConfigDict:
   train.epochs = 100
   train.batch_size = 128  # sequences in a global batch, of every bucket its share
   train.steps_per_call = config_dict.placeholder(int)  # with data.feed on the device; None: 1 on CPUs, else 16
-  train.accumulate = 1  # pieces that a batch is worked through in, one after another: less memory, the same update
+  train.accumulate = 1  # pieces of a batch, one after another: less memory, the same update but for what each draws
   train.item_start = "random"  # random | cooccurrence: item vectors begin near those that stand beside them in training
   train.optimizer = "adam"  # adam | adamw
   train.learning_rate = 1e-3
@@ -276,7 +277,10 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
                      "config.data.feed=host sends one a step: set feed to auto or device, or leave steps_per_call out")
   if model.awr.value_projection and model.refine != "value":
     raise ValueError(f"config.model.awr.value_projection needs config.model.refine=value, not {model.refine}")
-  mixes = model.refine == "value" or (model.refine == "additive" and model.awr.additive_on == "weights")
+  if model.awr.additive_on == "weights" and model.refine != "additive":
+    raise ValueError(f"config.model.awr.additive_on=weights needs config.model.refine=additive, not {model.refine}; "
+                     "leave it out, and for a gated value set config.model.awr.gate")
+  mixes = model.refine == "value" or model.awr.additive_on == "weights"
   if model.awr.gate is not None and not (mixes and model.awr.gate < 1):
     raise ValueError(f"config.model.awr.gate={model.awr.gate} is the share of refined weights at the start, between 0 "
                      "and 1, and needs config.model.refine=value, or additive with model.awr.additive_on=weights")

@@ -1,5 +1,7 @@
 """Batches: rows, buckets and streams against loops; every batch is a function of (seed, step) for any processes."""
 
+import contextlib
+import dataclasses
 import itertools
 import math
 
@@ -145,6 +147,28 @@ def test_buckets_waste_the_least_of_all_choices(seed, count, batches, multiple):
 
 
 # --- training batches
+
+
+@pytest.mark.parametrize("name", ["bce", "bpr", "gbce"])
+def test_a_row_of_all_items_leaves_no_negatives_and_is_refused(make_corpus, name):
+  histories = [[1, 2, 3, 4, 1, 5, 5], [5, 2, 1, 2, 1, 5, 3, 1], [5, 4, 3, 2, 1, 5, 4, 3]]
+  corpus = make_corpus(histories)
+  config = make_config(loss__name=name)
+  with pytest.raises(ValueError, match=f"config.loss.name={name} draws .* one of 6 holds all 5; use"):
+    data_batches.training_batches(corpus, config)
+  for other in (make_config(loss__name="softmax"), make_config(loss__name=name, data__max_length=3)):
+    assert len(data_batches.training_batches(corpus, other)) == 3
+  assert len(data_batches.training_batches(make_corpus(histories[:2]), config)) == 3  # as long, and it leaves some
+
+
+def test_more_training_interactions_than_popularity_counts_are_refused(make_corpus):
+  corpus = make_corpus([[1, 2, 3, 4]])
+  config = make_config(loss__name="sampled_softmax", loss__negatives="popularity")
+  for more, refused in ((0, False), (1, True)):
+    many = dataclasses.replace(corpus, counts=np.array([0, 2**31 - 3, 1, 1, more]))
+    assert len(data_batches.training_batches(many, make_config())) == 3
+    with pytest.raises(ValueError, match="and there are 2147483648; use") if refused else contextlib.nullcontext():
+      data_batches.training_batches(many, config)
 
 
 @pytest.mark.parametrize("long_history", ["newest", "windows"])

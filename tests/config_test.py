@@ -117,8 +117,8 @@ def test_every_choice_is_accepted(key, choice):
   config = set_value(key, choice)
   if choice == "popularity":
     config.loss.name = "sampled_softmax"
-  if key == "model.awr.correlation":
-    config.model.refine = "value"
+  if key == "model.awr.additive_on":
+    config.model.refine = "additive"
   assert dict(configs.walk(configs.finalize(config)))[key] == choice
 
 
@@ -185,6 +185,7 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
     ({"train__weight_decay": 0.1}, "config.train.weight_decay=0.1 needs config.train.optimizer=adamw"),
     ({"train__steps_per_call": 2, "data__feed": "host"}, "config.train.steps_per_call=2 needs"),
     ({"model__refine": "additive", "model__awr__value_projection": True}, "config.model.awr.value_projection"),
+    ({"model__awr__additive_on": "weights"}, "config.model.awr.additive_on=weights needs config.model.refine=additive"),
     ({"model__refine": "stochastic", "model__awr__correlation": "dot"}, "config.model.refine=stochastic"),
     ({"model__refine": "none", "model__awr__correlation": "dot"}, "config.model.awr.correlation=dot"),
     ({"model__awr__slots": "lag", "model__awr__order": 2, "model__attention__implementation": "fused"},
@@ -234,6 +235,7 @@ def test_rating_floors_are_numbers_and_users_are_left_to_train_on():
     {"model__heads": 64}, {"model__dropout": 0.99, "model__attention__dropout": 0.0}, {"loss__gbce_t": 1.0},
     {"train__weight_decay": 0.1, "train__optimizer": "adamw"}, {"mesh__data": -1}, {"mesh__data": 1},
     {"model__refine": "value", "model__awr__value_projection": True},
+    {"model__refine": "additive", "model__awr__additive_on": "weights", "model__awr__gate": 0.1},
     {"model__refine": "stochastic", "model__awr__correlation": "wasserstein"}, {"model__refine": "stochastic"},
     {"model__cosine": 20.0, "train__average": 0.999},
     {"loss__negatives": "popularity", "loss__name": "sampled_softmax"}, {"model__backbone": "stosa"}, PUBLISHED,

@@ -353,8 +353,8 @@ def test_value_drops_the_first_order_weights_too(order):
 
 def test_initial_values_are_identity_projections_and_xavier_tables_per_head():
   scores, mask = jnp.zeros((1, 4, 2, 2)), jnp.ones((1, 1, 2, 2), bool)
-  wide = {"correlation": "dot", "heads": 4, "max_length": 100, "rank": 50}
-  params = Refinement(combine="value", value_projection=True, **wide).init(jax.random.key(0), scores, mask)["params"]
+  refinement = build_refinement(model_of("value_projection", heads=4), 100).clone(rank=50)
+  params = refinement.init(jax.random.key(0), scores, mask)["params"]
   np.testing.assert_array_equal(params["order1_value"], np.broadcast_to(np.eye(100), (4, 100, 100)))
   for role in ("query", "key"):
     np.testing.assert_allclose(np.std(params[f"order1_{role}"], axis=(1, 2)), (2 / 150) ** 0.5, rtol=0.05)

@@ -14,6 +14,7 @@ from awrsr_jax.config import default, finalize
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine import state as states
 from awrsr_jax.model.backbones import build_backbone
+from awrsr_jax.model.sasrec import SASRec
 
 
 def make_train(**values):
@@ -193,6 +194,15 @@ def test_no_device_makes_the_whole_table_while_initialising(compiled):
 def test_the_initial_state_does_not_depend_on_the_devices(initial):
   for shape in ((8, 1), (2, 4)):
     jax.tree.map(np.testing.assert_array_equal, initial[1, 1], initial[shape])
+
+
+def test_vectors_for_a_table_that_is_not_there_are_refused(parts):
+  class Renamed(SASRec):
+    vectors_path = "embedding/vectors"
+
+  backbone = Renamed(parts[0].model, parts[0].max_length, parts[0].num_items)
+  with pytest.raises(ValueError, match="no parameter embedding/vectors, but .* embedding/item_table,"):
+    states.init_state(backbone, parts[1], 0, make(1, 1), np.ones((25, 8), np.float32))
 
 
 def test_seeds_give_other_parameters(compiled, initial):

@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from awrsr_jax.config import PER_POSITION
 from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.data.splits import HELD_OUT, users_of
 
@@ -188,16 +189,32 @@ def training_batches(corpus: Corpus, config: Any, parts: Parts = WHOLE) -> Train
   """Returns the training batches of a run: all of its epochs, for one of its processes.
 
   Raises:
-    ValueError: there is nothing to train on.
+    ValueError: there is nothing to train on, or negatives cannot be drawn.
   """
   data, train = config.data, config.train
   starts, ends = training_rows(corpus, data.max_length, data.long_history)
+  _check_negatives(corpus, config.loss, starts, ends)
   batches = -(-len(starts) // train.batch_size)
   # Any number of devices has the same rows in a batch; 1, 2, 4 and ROWS have the same filling too, and so train alike.
   rows = math.gcd(train.batch_size, ROWS * train.accumulate)
   buckets = plan_buckets(ends - starts - 1, data.buckets, batches, rows)
   multiple = math.lcm(rows, parts[1] * train.accumulate)
   return TrainBatches(corpus.items, starts, ends, buckets, train.batch_size, train.epochs, config.seed, multiple, parts)
+
+
+def _check_negatives(corpus: Corpus, loss: Any, starts: np.ndarray, ends: np.ndarray) -> None:
+  """Raises ValueError when a row leaves no item to draw, or popularity is more than the int32 that it is drawn in."""
+  if loss.name in PER_POSITION:
+    long = ends - starts >= corpus.num_items
+    for start, end in zip(starts[long], ends[long], strict=True):
+      if len(np.unique(corpus.items[start:end])) == corpus.num_items:
+        raise ValueError(f"config.loss.name={loss.name} draws items that a training row does not hold, and one of "
+                         f"{end - start} holds all {corpus.num_items}; use --config.loss.name=softmax, or "
+                         f"config.data.max_length below {corpus.num_items - 1}")
+  total, most = int(corpus.counts.sum()), np.iinfo(np.int32).max
+  if loss.negatives == "popularity" and total > most:
+    raise ValueError(f"config.loss.negatives=popularity draws one of up to {most} training interactions, and there are "
+                     f"{total}; use --config.loss.negatives=uniform, or keep the newest by config.data.max_history")
 
 
 def stream(batches: TrainBatches, start: int) -> Iterator[Batch]:

@@ -186,6 +186,8 @@ def draw_unseen(key: jax.Array, inputs_BxL: jax.Array, targets_BxL: jax.Array, c
                 num_items: int) -> jax.Array:
   """Draws negatives for every position, uniform over the items that its row does not contain; no rejection.
 
+  A row leaves at least one (data/batches.py refuses others).
+
   The u-th unseen item is u plus the number of seen items before it: with the row's distinct items s_1 < s_2 < ...,
   that is the number of k with s_k - k < u (u counts from 1).
 
@@ -197,6 +199,5 @@ def draw_unseen(key: jax.Array, inputs_BxL: jax.Array, targets_BxL: jax.Array, c
   seen = jnp.sort(jnp.where(repeated | (row == 0), num_items + 1 + row.shape[1], row), axis=1)
   gaps = seen - jnp.arange(1, row.shape[1] + 1)[None]
   unseen_B = num_items - jnp.sum(seen <= num_items, axis=1)
-  u = jax.random.randint(key, (*targets_BxL.shape, count), 1, jnp.maximum(unseen_B, 1)[:, None, None] + 1)
-  before = jax.vmap(lambda gaps, u: jnp.searchsorted(gaps, u, side="left"))(gaps, u)
-  return jnp.minimum(u + before, num_items)
+  u = jax.random.randint(key, (*targets_BxL.shape, count), 1, unseen_B[:, None, None] + 1)
+  return u + jax.vmap(lambda gaps, u: jnp.searchsorted(gaps, u, side="left"))(gaps, u)

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from flax import struct
+from flax import struct, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awrsr_jax.engine.mesh import shardings
 from awrsr_jax.model.hidden import table_rows
 
-ITEM_TABLES = "embedding/item_table", "embedding_mean/item_table"  # of SASRec, of STOSA
 PURPOSES = ("init", "dropout", "negatives")
 NO_STEP = np.iinfo(np.int32).max
 
@@ -122,27 +121,32 @@ def make_init(backbone: nn.Module, optimizer: optax.GradientTransformation, seed
   """Returns the jitted (vectors or None) -> TrainState that creates each part of the state where it will live."""
   def init(vectors: jax.Array | None) -> TrainState:
     inputs = jnp.zeros((1, backbone.max_length), jnp.int32)
-    params = start_items(backbone.init(make_key(seed, "init"), inputs)["params"], vectors)
+    params = start_items(backbone.init(make_key(seed, "init"), inputs)["params"], vectors, backbone.vectors_path)
     return TrainState(jnp.int32(0), params, optimizer.init(params), empty_window(), jnp.int32(NO_STEP))
   return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init, None)))
 
 
-def start_items(params: Any, vectors: jax.Array | None) -> Any:
+def start_items(params: Any, vectors: jax.Array | None, path: str) -> Any:
   """Returns parameters whose item vectors have given directions, and the mean length of the random ones.
 
   Args:
-    params: of a backbone; a distribution's mean is what has the directions.
+    params: of a backbone.
     vectors: (V, D), of length 1, or 0 where the item keeps its random vector; None: all do.
+    path: of the item vectors in the parameters, see Backbone.
+
+  Raises:
+    ValueError: nothing is there.
   """
   if vectors is None:
     return params
-
-  def start(path: Any, table: jax.Array) -> jax.Array:
-    if jax.tree_util.keystr(path, simple=True, separator="/") not in ITEM_TABLES:
-      return table
-    length = jnp.mean(jnp.linalg.norm(table, axis=1))
-    return jnp.where(jnp.any(vectors != 0, axis=1, keepdims=True), length * vectors, table)
-  return jax.tree_util.tree_map_with_path(start, params)
+  flat = traverse_util.flatten_dict(params, sep="/")
+  if path not in flat:
+    raise ValueError(f"config.train.item_start=cooccurrence: the backbone has no parameter {path}, but "
+                     f"{', '.join(sorted(flat))}; mend its vectors_path, or use item_start=random")
+  table = flat[path]
+  length = jnp.mean(jnp.linalg.norm(table, axis=1))
+  flat[path] = jnp.where(jnp.any(vectors != 0, axis=1, keepdims=True), length * vectors, table)
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def vectors_template(backbone: nn.Module, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,7 @@ The contract, which is all that the rest of the package knows of a backbone:
   encode(inputs_BxL, train, newest) -> Hidden  items(numbers) -> Hidden, the items themselves
   score(hidden, items) -> candidate scores     score_all(hidden) -> scores of all table rows
   catalogue() -> tree of item tables (V, D)    score_rows(hidden, rows) -> scores of any rows, without parameters
-  compare_rows(items, rows) -> similarities    num_items: I
+  compare_rows(items, rows) -> similarities    num_items: I    vectors_path: of the item vectors in the parameters
 Shapes: B batch, L length, D width, H heads.
 """
 

@@ -3,7 +3,7 @@
 Shapes: B batch, L length, D width, K scores, V rows of the item table, I items (numbers 1 to I; 0 is padding).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +41,13 @@ class Backbone(nn.Module):
     model: the `model` node of a finalized config.
     max_length: n.
     num_items: I.
+    vectors_path: where in the parameters the item vectors (V, D) are; of Gaussians the means.
   """
 
   model: Any
   max_length: int
   num_items: int
+  vectors_path: ClassVar[str]
 
   def __call__(self, inputs_BxL: jax.Array) -> jax.Array:
     """Touches every parameter (for initialisation). Returns (B, L, V)."""

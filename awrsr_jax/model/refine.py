@@ -71,13 +71,13 @@ class Refinement(nn.Module):
   heads: int
   max_length: int
   rank: int
-  order: int = 1
-  share_heads: bool = False
-  additive_on: str = "scores"
-  value_projection: bool = False
-  gate: float | None = None
-  sink: float | None = None
-  slots: str = "end"
+  order: int
+  share_heads: bool
+  additive_on: str
+  value_projection: bool
+  gate: float | None
+  sink: float | None
+  slots: str
 
   def setup(self) -> None:
     orders = range(1, self.order + 1) if self.combine else ()
@@ -284,11 +284,11 @@ class Refinement(nn.Module):
     return jnp.where(mask, jnp.einsum("bhij,hjk->bhik", weights, table), 0.0)
 
 
-def build_refinement(model: Any, max_length: int, name: str | None = None) -> Refinement:
+def build_refinement(model: Any, max_length: int) -> Refinement:
   """Returns the refinement that a config's `model` node describes, for sequences up to max_length (n)."""
   correlation, combine = PRESETS[model.refine]
   return Refinement(
       combine=combine, correlation=model.awr.correlation or correlation, heads=model.heads, max_length=max_length,
       rank=model.awr.rank, order=model.awr.order, share_heads=model.awr.share_heads, additive_on=model.awr.additive_on,
       value_projection=model.awr.value_projection, gate=model.awr.gate, sink=model.attention.sink,
-      slots=model.awr.slots, name=name)
+      slots=model.awr.slots)

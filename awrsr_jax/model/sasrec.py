@@ -24,6 +24,8 @@ class SASRec(Backbone):
   the embedding below the blocks is the same as without.
   """
 
+  vectors_path = "embedding/item_table"
+
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
     rows = table_rows(self.num_items, model.table_multiple)

@@ -129,6 +129,8 @@ class STOSA(Backbone):
   refinement, reach the covariance only. docs/method.md sets both networks side by side.
   """
 
+  vectors_path = "embedding_mean/item_table"
+
   def setup(self) -> None:
     model, dtype = self.model, jnp.dtype(self.model.dtype)
     norm = lambda: gaussian_norm(model.faithful)  # noqa: E731
