@@ -1,9 +1,9 @@
 """Runs a declared grid of experiments, and writes its results: `python -m awrsr_jax.reproduce --data=FOLDER`.
 
-Every run is an ordinary one of `awrsr_jax.main`, in a process of its own, in OUT/<table>/<row>/seed_<s>. What is
-complete is skipped, what was cut off goes on, and a run that fails stops no other: the same command again does what is
-left. Runs go by seed first, so that whenever it stops there is something to compare. After every run the results are
-written anew, from the run folders alone.
+Every run is an ordinary one of `awrsr_jax.main`, in a process of its own, in OUT/<table>/<row>/seed_<s>. Unless OUT is
+named, it holds the runs that are published. What is complete is skipped, what was cut off goes on, and a run that fails
+stops no other: the same command again does what is left. Runs go by seed first, so that whenever it stops there is
+something to compare. After every run the results are written anew, from the run folders alone.
 
 Exit codes: 0 all runs are complete; 1 some failed; 75 it was told to stop, and the same command goes on.
 """
@@ -27,7 +27,7 @@ from absl import app, flags
 from etils import epath
 
 from awrsr_jax.analysis.grid import COMPLETE, Grid, Planned, load_grid, read_state, read_states
-from awrsr_jax.analysis.results import write_results
+from awrsr_jax.analysis.results import RUNS, write_results
 from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.command import refuse
 from awrsr_jax.engine import processes
@@ -344,7 +344,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   # Here, so that whoever imports this file may have flags of the same names.
   GRID = flags.DEFINE_string("grid", "configs/grids/results.py", "The declared grid.")
-  OUT = flags.DEFINE_string("out", "runs/results", "The folder of all runs.")
+  OUT = flags.DEFINE_string("out", RUNS, "The folder of all runs; those that are published are there already.")
   DATA = flags.DEFINE_string("data", None, "The folder of the data files: amazon-beauty.txt, amazon-sports.txt, "
                              "ml-1m.txt.")
   ONLY = flags.DEFINE_string("only", None, "Runs whose TABLE/ROW/seed_S holds this regular expression, as "

@@ -485,7 +485,8 @@ def test_what_was_not_run_has_no_command_on_the_page(tmp_path):
   grid = plan(table(), table("T two", {"deep": {"model.layers": 3}}))
   finish(grid.by_row["T one", "value"][1], tmp_path / "out")
   text, _ = write_page(grid, tmp_path / "out", tmp_path / "results.md")
-  assert text.count("awrsr_jax.main") == 1 and "for seed in 0 1; do" in text and "--config.model.refine=value" in text
+  assert text.count("awrsr_jax.main") == 1 and "for seed in 0 1; do" in text
+  assert "--config.seed=$seed --workdir=docs/results/runs/T_one/value/seed_$seed\n" in text
   assert "## T two" not in text and text.endswith("prints their commands.\n\n- T two: A title\n")
 
 
@@ -530,9 +531,18 @@ def test_the_published_page_says_what_the_published_runs_do():
   folder = ROOT / "docs/results/runs"
   text, _ = results.render(grids.load_grid("configs/grids/results.py"), folder, "results")
   assert text == (ROOT / "docs/results.md").read_text()
-  files = [path for path in folder.rglob("*") if path.is_file()]
-  assert {path.name for path in files} == {"config.json", "corpus.json", "metrics.jsonl", "ranks.parquet",
-                                           "result.json"}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git checkout")
+def test_of_a_run_that_is_published_only_what_the_page_is_made_of_is_tracked():
+  git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout  # noqa: E731
+  kept = {"config.json", "corpus.json", "metrics.jsonl", "ranks.parquet", "result.json"}
+  others = {"log.txt", ".lock", "config.json.tmp", "checkpoints/7/_METADATA", "tensorboard/events"}
+  folder = "docs/results/runs/T/row/seed_0"
+  ignored = git("check-ignore", "docs/results/.lock", *(f"{folder}/{name}" for name in kept | others)).splitlines()
+  assert set(ignored) == {"docs/results/.lock", *(f"{folder}/{name}" for name in others)}
+  files = [ROOT / name for name in git("ls-files", "-z", "docs/results/runs").split("\0")[:-1]]
+  assert {path.name for path in files} == kept
   for path in files:  # no data, and no machine
     if path.name == "ranks.parquet":
       ranks = read_ranks(epath.Path(path))

@@ -24,14 +24,16 @@ from awrsr_jax.engine.run_folder import write_bytes, write_text
 from awrsr_jax.foreign import plain
 
 COMPARED = "ndcg@10"
+RUNS = "docs/results/runs"  # where runs are published; whoever adds one has the page of all
 HOW_TO_READ = """\
 Values are means over seeds ± one sample deviation; there is no deviation where one seed is complete. Of each run the
 best epoch by validation NDCG@10 is ranked once on the test split. "Against" compares test NDCG@10 with the first row,
 user by user, over all complete seeds of each: the difference in % with its 95 % interval. With three seeds or more of
 both the interval covers the luck of users and of seeds; with fewer, in italics, of users alone, and training again may
 say something else. p is two-sided, over users, corrected by Holm for the rows of a table. Numbers of others are in
-italics with their source; they were not made by this code. Commands are those of rows with a complete run; DATA is the
-folder of the data files."""
+italics with their source; they were not made by this code. Commands are those of rows with a complete run, and DATA is
+the folder of the data files. A command trains nothing where its run folder is complete, as in a clone of this
+repository; with another --workdir it trains anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +220,7 @@ def list_commands(rows: Sequence[Row]) -> str:
   """Returns the commands of a table as a block of shell, one line a row, in a loop over seeds."""
   lines = []
   for row in rows:
-    words = row.planned[0].command("runs/results", "DATA", seed="$seed")
+    words = row.planned[0].command(RUNS, "DATA", seed="$seed")
     lines.append("  " + " ".join(word if "$" in word else shlex.quote(word) for word in words))
   seeds = " ".join(str(run.seed) for run in rows[0].planned)
   return "\n".join(["```bash", f"for seed in {seeds}; do", *lines, "done", "```"])
