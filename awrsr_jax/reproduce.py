@@ -318,8 +318,7 @@ def reproduce(grid_path: str, out: str, data: str | None, only: str | None, jobs
       print(printable(unwritten), file=sys.stderr, flush=True)
 
   failed = run_all(left, out, data, jobs, report, told_to_stop, start)
-  if not left:
-    report()
+  report()  # also of what others ran meanwhile
   if failed or unwritten:
     raise ValueError("; ".join([*([f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}. The same command "
                                    "tries them again"] if failed else []), *([unwritten] if unwritten else [])]))

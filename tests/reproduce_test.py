@@ -22,7 +22,7 @@ from awrsr_jax.analysis.grid import COMPLETE, DIFFERS, MISSING, STARTED, Anchor,
 from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.config import walk
 from awrsr_jax.engine import processes, ranking
-from awrsr_jax.engine.run_folder import nest, read_ranks
+from awrsr_jax.engine.run_folder import lock_folder, nest, read_ranks
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests/tiny_config.py")
@@ -498,7 +498,7 @@ def test_the_same_folders_give_the_same_bytes(seeds_of_three, tmp_path):
     write_page(grid, out, tmp_path / name / "results.md")
     found.append({str(path.relative_to(tmp_path / name)): path.read_bytes()
                   for path in (tmp_path / name).rglob("*") if path.is_file()})
-  assert found[0] == found[1] and found[0].keys() == {"results.md", "results/T_one.svg"}
+  assert found[0] == found[1] and found[0].keys() == {"results.md", "results/T_one.svg", "results/.lock"}
   assert str(tmp_path) not in found[0]["results.md"].decode()
 
 
@@ -549,6 +549,28 @@ def test_of_a_run_that_is_published_only_what_the_page_is_made_of_is_tracked():
       assert ranks["user"].tolist() == list(range(len(ranks["user"]))) and max(ranks["item"]) < 256
     elif path.name == "config.json":
       assert not pathlib.Path(json.loads(path.read_text())["data"]["path"]).is_absolute()
+
+
+def test_hosts_read_and_write_one_after_the_other(tmp_path, monkeypatch):
+  grid, render = plan(), results.render
+  finish(grid.runs[0], tmp_path / "out")
+
+  def look(*arguments):
+    with pytest.raises(ValueError, match=f"--workdir={tmp_path / 'results'} is in use"):
+      lock_folder(epath.Path(tmp_path / "results"))
+    return render(*arguments)
+
+  monkeypatch.setattr(results, "render", look)
+  results.write_results(grid, tmp_path / "out", tmp_path / "results.md")
+  lock_folder(epath.Path(tmp_path / "results")).close()
+
+
+def test_the_page_has_what_others_ran_meanwhile(tmp_path, monkeypatch):
+  (tmp_path / "grid.py").write_text(GRID)
+  grid = grids.load_grid(tmp_path / "grid.py")
+  monkeypatch.setattr(reproduce, "run_all", lambda *_: [finish(planned, tmp_path / "out") for planned in grid.runs][:0])
+  reproduce.reproduce(str(tmp_path / "grid.py"), str(tmp_path / "out"), None, None, 1, str(tmp_path / "results.md"))
+  assert "2 of the 2 runs" in (tmp_path / "results.md").read_text()
 
 
 def test_no_run_no_page(tmp_path):

@@ -20,7 +20,7 @@ from awrsr_jax.analysis.drawing import Drawing, to_svg
 from awrsr_jax.analysis.grid import COMPLETE, METRICS, MISSING, STARTED, Anchor, Cost, Grid, Planned, Table, read_states
 from awrsr_jax.analysis.runs import Run, check_comparable, read_run
 from awrsr_jax.analysis.text import show_metric, show_spread
-from awrsr_jax.engine.run_folder import write_bytes, write_text
+from awrsr_jax.engine.run_folder import lock_folder, write_bytes, write_text
 from awrsr_jax.foreign import plain
 
 COMPARED = "ndcg@10"
@@ -49,6 +49,8 @@ class Row:
 def write_results(grid: Grid, out: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
   """Writes the results as markdown, and beside it, in a folder of its name, a figure a table.
 
+  Of several hosts one writes at a time, and what the last one writes is of all runs.
+
   Args:
     grid: what is wanted.
     out: the folder of its runs.
@@ -58,17 +60,16 @@ def write_results(grid: Grid, out: str | os.PathLike[str], path: str | os.PathLi
     ValueError: no run is complete; a run folder is damaged, of another config, or ranks other targets or under another
       protocol than the rest of its table; or a file cannot be written.
   """
-  text, drawings = render(grid, out, epath.Path(path).stem)
   path = epath.Path(path)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if drawings:
-      path.with_suffix("").mkdir(exist_ok=True)
-    for drawing in drawings:
-      write_bytes(path.with_suffix("") / f"{drawing.key}.svg", to_svg(drawing))
-    write_text(path, text)
-  except OSError as error:
-    raise ValueError(f"--results={path} cannot be written: {error.strerror or error}; choose another file") from error
+  folder = path.with_suffix("")
+  with lock_folder(folder, "--results", wait=True):
+    text, drawings = render(grid, out, path.stem)
+    try:
+      for drawing in drawings:
+        write_bytes(folder / f"{drawing.key}.svg", to_svg(drawing))
+      write_text(path, text)
+    except OSError as error:
+      raise ValueError(f"--results={path} cannot be written: {error.strerror or error}; choose another file") from error
 
 
 def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple[str, list[Drawing]]:
