@@ -273,6 +273,27 @@ def test_code_75_starts_again_three_times_and_no_more(tmp_path):
   assert fake.started == [name] * 4 and failed == [f"{name} (code 75: it wrote nothing)"]
 
 
+def test_a_run_that_another_process_has_waits_and_is_no_failure(tmp_path, capsys):
+  grid, locks = plan(), []
+  fake = Fake(grid, tmp_path, {"T one/value/seed_0": [1]})
+
+  def take(planned):
+    locks.append(lock_folder(epath.Path(tmp_path) / planned.folder))
+
+  def start(command, log, share):  # the other one is faster with value/seed_0
+    process = fake(command, log, share)
+    if fake.started == ["T one/value/seed_0"]:
+      take(grid.runs[1])
+    return process
+
+  take(grid.runs[0])
+  free = lambda: [lock.close() for lock in locks]  # noqa: E731
+  assert reproduce.run_all(grid.runs, str(tmp_path), None, 1, free, start=start) == []
+  assert fake.started == [f"T one/{run}" for run in (
+      "value/seed_0", "none/seed_1", "value/seed_1", "none/seed_0", "value/seed_0")]
+  assert capsys.readouterr().out.count("in use by another process") == 1
+
+
 def test_code_0_without_a_result_is_a_failure(tmp_path, monkeypatch):
   monkeypatch.setattr(reproduce, "read_state", lambda planned, out: (STARTED, ""))
   assert go(plan(), tmp_path, only="none/seed_0")[1] == [
