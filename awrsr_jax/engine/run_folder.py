@@ -98,13 +98,18 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def lock_folder(folder: epath.Path, flag: str = "--workdir") -> TextIO:
+def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False) -> TextIO:
   """Makes a folder and takes it for this job, until the file returned is closed or the process ends however it ends.
 
   A bucket has no locks: there nothing is taken.
 
+  Args:
+    folder: its `.lock` is taken.
+    flag: that names it, for messages.
+    wait: until nobody else has it.
+
   Raises:
-    ValueError: the folder cannot be written, or is in use.
+    ValueError: the folder cannot be written; or, from a BlockingIOError, it is in use.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +120,7 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir") -> TextIO:
     raise ValueError(f"{flag}={folder}: {error}; install what opens such a path (gs://: gcsfs)") from error
   if not is_remote(folder):
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
       lock.close()
       raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another "
