@@ -40,10 +40,15 @@ def parse_flags_or_defaults(argv: list[str]) -> list[str]:
   return parse_flags([argv[0], f"--config={defaults.__file__}", *argv[1:]])
 
 
-def refuse(error: Exception) -> NoReturn:
-  """Ends a command with an error in one line; what it quotes of files moves no cursor, and fills no screen."""
+def in_one_line(error: Exception) -> str:
+  """Returns an error for the terminal; what it quotes of files moves no cursor, and fills no screen."""
   words = f"{type(error).__name__}: {error}"
-  sys.exit(printable(words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."))
+  return printable(words if len(words) <= LONGEST else f"{words[:LONGEST]} ...")
+
+
+def refuse(error: Exception) -> NoReturn:
+  """Ends a command with an error in one line."""
+  sys.exit(in_one_line(error))
 
 
 def cache_folder() -> pathlib.Path:

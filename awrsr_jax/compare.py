@@ -24,15 +24,16 @@ def format_table(metric: str, found: dict[str, Any]) -> str:
   has_seeds = any(values.get("users_and_seeds") for values in groups.values())
   titles = [metric, "seeds", "mean", "deviation"]
   if len(groups) > 1:
-    titles += ["difference", f"{level} interval", *(["users and seeds"] if has_seeds else []), "relative",
-               f"{level} interval", "p", "p (Holm)"]
+    intervals = [f"{level} interval", *["users and seeds"] * has_seeds]
+    titles += ["difference", *intervals, "relative", *intervals, "p", "p (Holm)"]
   rows = [titles]
   for name, values in groups.items():
     row = [name, str(len(values["seeds"])), f"{values['mean']:.4f}", _show(values["deviation"], ".4f")]
     if "difference" in values:
       row += [f"{values['difference']:+.4f}", _show_interval(values["interval"], "+.4f"),
-              *([_show_interval(values["users_and_seeds"], "+.4f")] if has_seeds else []),
+              *[_show_interval(values["users_and_seeds"], "+.4f")] * has_seeds,
               _show(values["relative"], "+.1f", " %"), _show_interval(values["relative_interval"], "+.1f"),
+              *[_show_interval(values["relative_users_and_seeds"], "+.1f")] * has_seeds,
               f"{values['p']:.4f}", f"{values['p_holm']:.4f}"]
     rows.append(row + [""] * (len(titles) - len(row)))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -126,7 +126,7 @@ def default() -> ml_collections.ConfigDict:
   model.attention.implementation = "auto"  # reference (L x L weights in memory) | fused (in blocks) | auto (if it can)
   model.attention.sink = config_dict.placeholder(float)  # a row may attend to nothing: a learned score starts here
   model.cosine = config_dict.placeholder(float)  # sasrec: scores are cosines, times this; None: dot products
-  model.dtype = "float32"  # of activations; parameters, softmax, norms and scores stay float32
+  model.dtype = "float32"  # of activations; parameters, softmax, norms and scores stay float32 (docs/method.md)
   model.remat = False  # keep only the inputs of blocks for the backward pass, and make the rest again
   model.table_multiple = 128  # item table rows are padded to it, whatever the device count
   model.refine = "value"  # none | simple | value | additive | stochastic

@@ -17,7 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from awrsr_jax.command import keep_compiled, parse_flags, refuse
+from awrsr_jax.command import in_one_line, keep_compiled, parse_flags, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared
 from awrsr_jax.data.batches import training_batches
@@ -66,7 +66,10 @@ def main(argv: Sequence[str]) -> None:
   except (ValueError, FloatingPointError) as error:
     if flags.FLAGS.verbosity > 0:
       traceback.print_exc()
-    refuse(error)
+    if not processes.fails_alone(error):
+      refuse(error)
+    print(in_one_line(error), file=sys.stderr, flush=True)
+    os._exit(1)  # a regular exit would wait for the others, and they wait for this process
   except Exception:
     if jax.process_count() == 1:
       raise

@@ -1,9 +1,9 @@
 """Runs a declared grid of experiments, and writes its results: `python -m awrsr_jax.reproduce --data=FOLDER`.
 
-Every run is an ordinary one of `awrsr_jax.main`, in a process of its own, in OUT/<table>/<row>/seed_<s>. What is
-complete is skipped, what was cut off goes on, and a run that fails stops no other: the same command again does what is
-left. Runs go by seed first, so that whenever it stops there is something to compare. After every run the results are
-written anew, from the run folders alone.
+Every run is an ordinary one of `awrsr_jax.main`, in a process of its own, in OUT/<table>/<row>/seed_<s>. Unless OUT is
+named, it holds the runs that are published. What is complete is skipped, what was cut off goes on, and a run that fails
+stops no other: the same command again does what is left. Runs go by seed first, so that whenever it stops there is
+something to compare. After every run the results are written anew, from the run folders alone.
 
 Exit codes: 0 all runs are complete; 1 some failed; 75 it was told to stop, and the same command goes on.
 """
@@ -27,11 +27,11 @@ from absl import app, flags
 from etils import epath
 
 from awrsr_jax.analysis.grid import COMPLETE, Grid, Planned, load_grid, read_state, read_states
-from awrsr_jax.analysis.results import write_results
+from awrsr_jax.analysis.results import RUNS, write_results
 from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.command import refuse
 from awrsr_jax.engine import processes
-from awrsr_jax.engine.run_folder import read_json
+from awrsr_jax.engine.run_folder import lock_folder, read_json
 from awrsr_jax.foreign import printable
 
 MOST_AGAIN = 3  # times that a run which asks for it (code 75) is started again
@@ -170,7 +170,7 @@ def print_list(runs: Sequence[Planned], out: str, data: str | None) -> None:
 
 def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, after: Callable[[], None],
             told_to_stop: Callable[[], bool] = lambda: False, start: Launch = launch) -> list[str]:
-  """Runs what is not complete, so many at a time.
+  """Runs what is not complete, so many at a time; a run that another process has waits until it is free.
 
   Args:
     runs: in this order.
@@ -190,6 +190,7 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
   waiting = collections.deque(runs)
   running: list[Job] = []
   failed: list[str] = []
+  elsewhere: set[str] = set()  # what was said to be in use
   free = share_machine(jobs)
   total = len(runs)
 
@@ -199,9 +200,17 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
 
   try:
     while (waiting or running) and not told_to_stop():
-      while waiting and len(running) < jobs:
+      for _ in range(len(waiting)):  # those that are in use come round again
+        if len(running) == jobs:
+          break
         planned = waiting.popleft()
         if read_state(planned, out)[0] == COMPLETE:  # asked now: another command may have run it meanwhile
+          continue
+        if _is_in_use(planned, out):
+          waiting.append(planned)
+          if planned.folder not in elsewhere:
+            elsewhere.add(planned.folder)
+            _say(f"{planned.names[0]}: in use by another process, it waits")
           continue
         begin(planned)
         _say(f"{planned.names[0]}: started, {total - len(waiting)} of {total}; log in {_log(planned, out)}")
@@ -218,10 +227,12 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
           after()
         elif code == processes.TRY_AGAIN and told_to_stop():  # it was told, too, and earlier than by this command
           waiting.appendleft(job.planned)
+        elif _is_in_use(job.planned, out):  # another command began it in the same moment
+          waiting.append(job.planned)
         else:
           failed.append(f"{name} ({_explain(code, job.planned, out)})")
           _say(f"{name}: FAILED, {_explain(code, job.planned, out)}; log in {_log(job.planned, out)}")
-      if running:
+      if running or waiting:
         time.sleep(PAUSE_S)
     if told_to_stop() and (running or waiting):
       _say(f"told to stop: {len(running)} runs save what they have")
@@ -248,6 +259,17 @@ def _end(running: Sequence[Job]) -> None:
 def _to_start(planned: Planned, out: str, data: str | None) -> tuple[list[str], pathlib.Path]:
   """Returns what a Launch takes, but for the share."""
   return planned.command(out, data or "", python=sys.executable), _log(planned, out)
+
+
+def _is_in_use(planned: Planned, out: str) -> bool:
+  """Whether another process has the folder of a run."""
+  try:
+    lock_folder(epath.Path(out) / planned.folder, "--out").close()
+  except ValueError as error:
+    if not isinstance(error.__cause__, BlockingIOError):
+      raise
+    return True
+  return False
 
 
 def _log(planned: Planned, out: str) -> pathlib.Path:
@@ -318,8 +340,7 @@ def reproduce(grid_path: str, out: str, data: str | None, only: str | None, jobs
       print(printable(unwritten), file=sys.stderr, flush=True)
 
   failed = run_all(left, out, data, jobs, report, told_to_stop, start)
-  if not left:
-    report()
+  report()  # also of what others ran meanwhile
   if failed or unwritten:
     raise ValueError("; ".join([*([f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}. The same command "
                                    "tries them again"] if failed else []), *([unwritten] if unwritten else [])]))
@@ -344,7 +365,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   # Here, so that whoever imports this file may have flags of the same names.
   GRID = flags.DEFINE_string("grid", "configs/grids/results.py", "The declared grid.")
-  OUT = flags.DEFINE_string("out", "runs/results", "The folder of all runs.")
+  OUT = flags.DEFINE_string("out", RUNS, "The folder of all runs; those that are published are there already.")
   DATA = flags.DEFINE_string("data", None, "The folder of the data files: amazon-beauty.txt, amazon-sports.txt, "
                              "ml-1m.txt.")
   ONLY = flags.DEFINE_string("only", None, "Runs whose TABLE/ROW/seed_S holds this regular expression, as "

@@ -12,7 +12,7 @@ Trains on a Cloud TPU slice, with gcloud: one process on each of its workers, al
   wait      waits until it is ACTIVE
   setup     copies HEAD of this checkout to ~/awrsr_jax on every worker and makes .venv there, with jax[tpu] and gcsfs
   start     starts awrsr_jax.main with the flags on every worker, and leaves it running; it is started again there when
-            it ends with 75 or by a signal
+            it ends with 75 or by a signal, unless three starts in a row end at the same checkpoint
   follow    shows the log of a worker as it grows
   stop      has the run save and end, and waits for that
   resume    after a preemption: deletes what is left of the slice, creates, waits, sets up, and starts with the flags of
@@ -99,6 +99,7 @@ if ((${#missing[@]})); then die "$command needs settings that are not given:" "$
 place=("--project=$project" "--zone=$zone")
 kept=runs/cloud_tpu/$name.flags
 here="bash awrsr_jax/launch/cloud_tpu.sh"
+busy="a job is running already. To end it: bash launch/cloud_tpu.sh stop"
 
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" "--worker=$1" "--command=$2"
@@ -141,12 +142,15 @@ wait_until_active() {
 
 setup() {
   local changes="" archive=runs/cloud_tpu/$name.tar.gz
+  local is_free="mkdir -p awrsr_jax/runs/job && flock -n awrsr_jax/runs/job/lock true"
   if [[ -z $dry_run ]]; then changes=$(git status --short); fi
   if [[ -n $changes ]]; then printf 'Not committed, and so not copied:\n%s\n' "$changes" >&2; fi
   run mkdir -p runs/cloud_tpu
   run git archive --format=tar.gz "--output=$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:awrsr_jax.tar.gz" "${place[@]}" --worker=all
-  on_workers all "mkdir -p awrsr_jax && tar -xzf awrsr_jax.tar.gz -C awrsr_jax && $here install_here"
+  # The next start of a running job would import what is unpacked. All workers are asked before one is changed.
+  on_workers all "$is_free || { echo \"\$(hostname): $busy\" >&2; exit 1; }"
+  on_workers all "tar -xzf awrsr_jax.tar.gz -C awrsr_jax && $here install_here"
 }
 
 start() {
@@ -155,12 +159,14 @@ start() {
 
 # Runs the job until it is complete, fails for a reason of its own, or is told to stop.
 keep_running() {
-  local pid="" code=75 stopping=""
+  local pid="" code stopping=""
+  read_flags "$@"
   trap '' HUP
   trap 'stopping=1; kill -TERM "$pid" 2>/dev/null || true' TERM
-  while ((code == 75 || code > 128)) && [[ -z $stopping ]]; do
+  while true; do
     .venv/bin/python -m awrsr_jax.main "$@" &
     pid=$!
+    echo "$pid" >runs/job/python_pid
     # A wait would be cut short by the signal, and so miss how the job ended.
     while kill -0 "$pid" 2>/dev/null; do sleep 1; done
     code=0
@@ -168,6 +174,7 @@ keep_running() {
     echo "$(date '+%F %T') The job ended with $code."
     # Time for a stop to reach this worker too, when it was first on another and has ended the run.
     if ((code)) && [[ -z $stopping ]]; then sleep 10; fi
+    if ((code != 75 && code <= 128)) || ! gets_ahead runs/job/ends "$workdir" || [[ -n $stopping ]]; then break; fi
   done
   echo "$code" >runs/job/exit_code
 }
@@ -176,7 +183,19 @@ keep_running() {
 refuse_while_running() {
   mkdir -p runs/job
   exec 8>>runs/job/lock
-  flock -n 8 || die "$(hostname): a job is running already. To end it: bash launch/cloud_tpu.sh stop"
+  flock -n 8 || die "$(hostname): $busy"
+}
+
+# Leaves in $pid the loop, or its Python where the loop was killed. It holds the lock; a process that has got the number
+# of one that ended does not.
+find_job() {
+  local file
+  for file in runs/job/pid runs/job/python_pid; do
+    pid=$(cat "$file" 2>/dev/null) || continue
+    if [[ /proc/$pid/fd/8 -ef runs/job/lock ]]; then return; fi
+  done
+  die "$(hostname): no job is running, but $PWD/runs/job/lock is held: by a setup, or by what a killed job has left." \
+    "On this worker, fuser -v $PWD/runs/job/lock names the process. Wait for it, or kill it."
 }
 
 case $command in
@@ -237,7 +256,7 @@ case $command in
     ;;
   start_here)
     refuse_while_running
-    rm -f runs/job/exit_code
+    rm -f runs/job/exit_code runs/job/ends
     keep_running ${flags[@]+"${flags[@]}"} </dev/null >>runs/job/log 2>&1 &
     echo "$!" >runs/job/pid
     echo "$(hostname): started"
@@ -247,9 +266,10 @@ case $command in
     if flock -n runs/job/lock true; then
       echo "$(hostname): no job is running"
     else
-      kill -TERM "$(cat runs/job/pid)"
+      find_job
+      kill -TERM "$pid"
       flock runs/job/lock true
-      echo "$(hostname): ended with $(cat runs/job/exit_code)"
+      echo "$(hostname): ended with $(cat runs/job/exit_code 2>/dev/null || echo "a code that runs/job/log may tell")"
     fi
     ;;
 esac

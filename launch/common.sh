@@ -48,6 +48,20 @@ run() {
   [[ -n $dry_run ]] || "$@"
 }
 
+# Whether a run is worth another start: notes in the file $1 the newest checkpoint of the run folder $2, which may be
+# gs://..., and fails when the two starts before this one ended there too.
+gets_ahead() {
+  local newest
+  newest=$(.venv/bin/python -c 'import sys; from etils import epath
+names = [path.name for path in epath.Path(sys.argv[1]).glob("checkpoints/*")]
+print(max((int(name) for name in names if name.isdigit()), default=0))' "$2") || newest=unknown
+  echo "$newest" >>"$1" || return 1
+  if (($(tail -n 3 "$1" | grep -cx "$newest") == 3)); then
+    echo "Three starts in a row ended with checkpoint $newest as the newest: it is not started again." >&2
+    return 1
+  fi
+}
+
 # Reads flags of awrsr_jax.main: leaves $config and $workdir, empty when they are not given.
 read_flags() {
   local flag before=""

@@ -6,12 +6,14 @@ if [[ ${1:-} == --help ]]; then
 Usage: bash launch/slurm.sh [settings] [-- flags of awrsr_jax.main]
 
 Submits a job to SLURM: one process per GPU, all in one run. It saves two minutes before its time is over, goes back to
-the queue by itself, and resumes when its turn comes, until the run is complete. scancel ends it for good.
+the queue by itself, and resumes when its turn comes, until the run is complete, fails, or three starts in a row end at
+the same checkpoint. scancel ends it for good.
 
   --nodes=N            default 1
   --gpus_per_node=N    default 1
   --partition=NAME, --account=NAME, --time=HH:MM:SS    as for sbatch; what is not given is the cluster's default
-  --name=NAME          of the job (default awrsr_jax); its output is in runs/NAME-JOBID.log
+  --name=NAME          of the job (default awrsr_jax); its output is in runs/NAME-JOBID.log, and the newest checkpoint
+                       at the end of each start in runs/NAME-JOBID.ends
   --cpu                no GPUs: one process per node
   --dry_run            prints what would be submitted
 
@@ -80,10 +82,14 @@ options+=("--output=runs/$name-%j.log" --open-mode=append --requeue --signal=TER
 program=$(quoted ${platforms[@]+"${platforms[@]}"} .venv/bin/python -m awrsr_jax.main \
   ${defaults[@]+"${defaults[@]}"} ${flags[@]+"${flags[@]}"})
 # A cluster may be set to kill all tasks when one ends with an error; here they end together, one of them writing.
+# srun ends with the highest code: the 75 of those that wait for a task hides what ended it.
 job="#!/usr/bin/env bash
+source launch/common.sh
 code=0
 srun --kill-on-bad-exit=0 $program || code=\$?
-if ((code == 75 || code > 128)); then scontrol requeue \"\$SLURM_JOB_ID\"; fi
+if ((code == 75 || code > 128)) && gets_ahead \"runs/\$SLURM_JOB_NAME-\$SLURM_JOB_ID.ends\" $(quoted "$workdir"); then
+  scontrol requeue \"\$SLURM_JOB_ID\"
+fi
 exit \$code"
 
 show "$(quoted sbatch "${options[@]}") <<'END'"

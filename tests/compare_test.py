@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -58,11 +59,16 @@ def test_the_first_run_is_of_the_baseline(folders, capsys):
 
 def test_three_seeds_of_both_show_users_and_seeds(tmp_path, capsys):
   settings = [(refine, seed) for refine in ("none", "value") for seed in range(3)]
-  compare.run(write_runs(tmp_path, *settings, ("simple", 0)), ["mrr"], 50, 0, 0.95, None)
+  folders = write_runs(tmp_path, *settings, ("simple", 0))
+  compare.run(folders, ["mrr"], 50, 0, 0.95, None)
   title, _, value, simple = capsys.readouterr().out.rstrip("\n").split("\n\n")[1].splitlines()
-  end = title.index("users and seeds") + len("users and seeds")
-  assert value[:end].count("]") == 2 and value[end - 1] == "]"
-  assert simple[:end].count("]") == 1 and simple[end - 1] == "-"
+  ends = [found.end() for found in re.finditer("users and seeds", title)]
+  for end, intervals in zip(ends, (2, 4), strict=True):  # of the difference, then of the relative one
+    assert value[:end].count("]") == intervals and value[end - 1] == "]"
+    assert simple[:end].count("]") == intervals / 2 and simple[end - 1] == "-"
+  found = significance.compare(runs.group(list(map(runs.read_run, folders))), ["mrr"], 50)["metrics"]["mrr"]
+  low, high = found["refine=value"]["relative_users_and_seeds"]
+  assert value[:ends[1]].endswith(f" [{low:+.1f}, {high:+.1f}]")
 
 
 def test_users_of_several_targets_are_told(tmp_path, capsys):

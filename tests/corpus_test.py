@@ -204,7 +204,8 @@ def test_another_corpus_is_not_taken_for_a_benchmark(tmp_path):
 def test_a_benchmark_is_one_under_every_split(tmp_path, split):
   path = shared_file("raw/ml-100k.u.data")
   made = load_file(path, name="ml-100k", k_core=5, split=split)
-  assert made.name == "ml-100k" and made.description["fingerprint"] != corpus.BENCHMARKS["ml-100k"][3]  # of the split too
+  assert made.name == "ml-100k"
+  assert made.description["fingerprint"] != corpus.BENCHMARKS["ml-100k"][3]  # which is of another split
   with pytest.raises(ValueError, match="not the benchmark ml-100k: found 943 users, 1682 items"):
     load_file(path, name="ml-100k", split=split)
 

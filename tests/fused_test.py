@@ -77,6 +77,18 @@ def largest_difference(found: Any, wanted: Any) -> float:
   return max(np.max(np.abs(a - b)) for a, b in zip(found, wanted, strict=True)) / size
 
 
+@pytest.mark.parametrize("kind, variant", [("sasrec", "value"), ("sasrec", "value_wasserstein"),
+                                           ("sasrec", "stochastic"), ("stosa", "simple"), ("stosa", "stochastic")])
+def test_scores_have_the_precision_of_the_reference(kind, variant):
+  """No accelerator takes several passes for a product of which the reference asks for one, or the other way round."""
+  found = []
+  for implementation in ("reference", "fused"):
+    apply, init = attend(kind, variant, 1, implementation, jnp.float32)
+    x = tuple(jnp.zeros((BATCH, LENGTH, WIDTH)) for _ in range(2))
+    found.append(jax.jit(apply).lower(random_params(init), x).as_text().count("precision = [HIGHEST, HIGHEST]"))
+  assert found[0] == found[1] == (kind == "stosa") + (variant in ("value_wasserstein", "stochastic"))
+
+
 @pytest.mark.parametrize("kind, variant, order", CASES)
 def test_blocks_give_the_values_and_gradients_of_the_reference(kind, variant, order, monkeypatch):
   block, stairs = BLOCKS[CASES.index((kind, variant, order)) % 2]

@@ -25,7 +25,7 @@ ORDER = (
     "inference.files", "inference.artefact",
     "analysis.runs", "analysis.significance", "analysis.text", "analysis.drawing", "analysis.figures",
     "analysis.attention", "analysis.maps", "analysis.page", "analysis.report", "analysis.grid", "analysis.results",
-    "main", "prepare", "describe", "baselines", "recommend", "export", "compare", "analyze", "reproduce",
+    "main", "prepare", "describe", "baselines", "evaluate", "recommend", "export", "compare", "analyze", "reproduce",
     "bench.contenders", "bench.measures", "bench.__main__",
 )
 FILES = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path

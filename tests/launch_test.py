@@ -1,5 +1,6 @@
 """The launch scripts, run in a copied tree whose Python, gcloud, git, sbatch and sleep are fakes."""
 
+import fcntl
 import os
 import pathlib
 import re
@@ -23,6 +24,10 @@ LOOK = f"{QUEUED} list --project=p --zone=z --filter=name~/n$ --format=value(sta
 SCP = "gcloud compute tpus tpu-vm scp"
 SSH = "gcloud compute tpus tpu-vm ssh n --project=p --zone=z --worker=all --command="
 ON_WORKER = "bash awrsr_jax/launch/cloud_tpu.sh"
+IS_FREE = 'mkdir -p awrsr_jax/runs/job && flock -n awrsr_jax/runs/job/lock true || { echo "$(hostname): a job is ' \
+          'running already. To end it: bash launch/cloud_tpu.sh stop" >&2; exit 1; }'
+GCLOUD_ON_WORKER = 'for word in "$@"; do case $word in --command=*) bash -c "${word#*=}" || exit ;; esac; done'
+WORKS = 'trap "sleep 1; exit 75" TERM; echo >>"$TREE/ready"; while true; do sleep 1; done'
 STATES = """
 if [[ $* == *" list "* ]]; then
   head -n 1 "$TREE/states"
@@ -30,7 +35,8 @@ if [[ $* == *" list "* ]]; then
   mv "$TREE/left" "$TREE/states"
 fi
 """
-NEEDS_FLOCK = pytest.mark.skipif(not shutil.which("flock"), reason="a worker has flock")
+NEEDS_FLOCK = pytest.mark.skipif(not shutil.which("flock") or not pathlib.Path("/proc/self/fd").exists(),
+                                 reason="a worker has flock and /proc")
 
 
 class Tree:
@@ -56,8 +62,9 @@ class Tree:
     (self.root / path).chmod(0o755)
 
   def program(self, text: str) -> None:
-    """Has a bash text stand in for Python; $id is the process, $start counts its starts from 1."""
+    """Has a bash text stand in for awrsr_jax.main; $id is the process, $start counts its starts from 1."""
     self.fake(".venv/bin/python", f"""
+if [[ $1 == -c ]]; then exec {sys.executable} "$@"; fi
 id=0
 for flag in "$@"; do case $flag in --process_id=*) id=${{flag#*=}} ;; esac; done
 echo >>"$TREE/starts_$id"
@@ -124,6 +131,13 @@ def test_run_local_adds_what_the_flags_lack(given, added, tree):
 def test_the_whole_suite_runs_a_file_on_each_core_at_a_time(given, added, tree):
   tree.program('echo "$*"')
   assert tree.run("test.sh", *given).stdout.strip() == f"-m pytest -q {' '.join(given)}{added}"
+
+
+def test_pip_takes_the_requirements_as_constraints():
+  command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--no-deps", "jax",
+             "-c", "requirements.txt"]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert not result.returncode, result.stderr
 
 
 # local_processes.sh
@@ -219,7 +233,8 @@ def test_restarts_start_all_processes_again_until_it_helps_no_more(program, star
     (["wait"], [LOOK]),
     (["setup"], ["mkdir -p runs/cloud_tpu", "git archive --format=tar.gz --output=runs/cloud_tpu/n.tar.gz HEAD",
                  f"{SCP} runs/cloud_tpu/n.tar.gz n:awrsr_jax.tar.gz --project=p --zone=z --worker=all",
-                 f"{SSH}mkdir -p awrsr_jax && tar -xzf awrsr_jax.tar.gz -C awrsr_jax && {ON_WORKER} install_here"]),
+                 f"{SSH}{IS_FREE}",
+                 f"{SSH}tar -xzf awrsr_jax.tar.gz -C awrsr_jax && {ON_WORKER} install_here"]),
     (["follow", "--worker=3"], [f"{SSH}tail -n 50 -F awrsr_jax/runs/job/log".replace("=all", "=3")]),
     (["stop"], [f"{SSH}{ON_WORKER} stop_here"]),
     (["delete"], [DELETE]),
@@ -281,7 +296,7 @@ def test_resume_makes_again_what_is_lost_and_starts_with_the_flags_of_the_last_s
   result = tree.run("cloud_tpu.sh", "resume", *SLICE)
   assert result.returncode == 0, result.stderr
   assert [call for call in tree.calls if "queued-resources" in call and call != LOOK] == made
-  assert tree.calls[-3].startswith("gcloud compute tpus tpu-vm scp") and tree.calls[-2].endswith("install_here")
+  assert tree.calls[-4].startswith("gcloud compute tpus tpu-vm scp") and tree.calls[-2].endswith("install_here")
   assert tree.calls[-1] == started
 
 
@@ -302,7 +317,7 @@ def test_resume_stops_at_a_state_that_it_cannot_read_or_mend(gcloud, message, tr
 @NEEDS_FLOCK
 def test_flags_reach_the_program_on_a_worker_as_they_were_typed(tree):
   (tree.root / "awrsr_jax").symlink_to(tree.root)  # the home folder of the worker
-  tree.fake("bin/gcloud", 'for word in "$@"; do case $word in --command=*) bash -c "${word#*=}" ;; esac; done')
+  tree.fake("bin/gcloud", GCLOUD_ON_WORKER)
   tree.program('printf "<%s>" "$@" >"$TREE/typed"')
   flags = ["--config=c.py", "--workdir=gs://b/c", "--config.data.path=it's \"a\" $HOME * file", "--config.x="]
   assert tree.run("cloud_tpu.sh", "start", *SLICE, "--", *flags).returncode == 0
@@ -321,8 +336,19 @@ def test_a_worker_starts_again_after_75_and_a_signal_and_ends_with_anything_else
 
 
 @NEEDS_FLOCK
+@pytest.mark.parametrize("code, last, starts", [(75, 0, 3), (134, 2, 4)])
+def test_a_worker_ends_once_three_starts_in_a_row_saved_nothing_new(code, last, starts, tree):
+  save = 'mkdir -p "a run/checkpoints/$start"'
+  tree.program(f'if ((start <= {last})); then {save}; fi; exit $((start < 9 ? {code} : 0))')
+  assert tree.run("cloud_tpu.sh", "start_here", "--", "--config=c.py", "--workdir=a run").returncode == 0
+  tree.wait_for("runs/job/exit_code")
+  assert tree.read("starts_0") == "\n" * starts
+  assert f"Three starts in a row ended with checkpoint {last} as the newest" in tree.read("runs/job/log")
+
+
+@NEEDS_FLOCK
 def test_stop_on_a_worker_has_the_job_save_and_does_not_start_it_again(tree):
-  tree.program('trap "sleep 1; exit 75" TERM; echo >>"$TREE/ready"; while true; do sleep 1; done')
+  tree.program(WORKS)
   assert tree.run("cloud_tpu.sh", "start_here", "--", "--config=c.py").returncode == 0
   tree.wait_for("ready")
   again = tree.run("cloud_tpu.sh", "start_here", "--", "--config=c.py")
@@ -331,6 +357,44 @@ def test_stop_on_a_worker_has_the_job_save_and_does_not_start_it_again(tree):
   assert tree.run("cloud_tpu.sh", "stop_here").stdout.endswith(": ended with 75\n")
   assert tree.read("starts_0") == "\n"
   assert tree.run("cloud_tpu.sh", "stop_here").stdout.endswith(": no job is running\n")
+
+
+@NEEDS_FLOCK
+def test_setup_leaves_the_code_of_a_running_job_alone(tree):
+  (tree.root / "awrsr_jax").symlink_to(tree.root)  # the home folder of the worker
+  tree.fake("bin/gcloud", GCLOUD_ON_WORKER)
+  tree.fake("bin/tar")
+  tree.program(WORKS)
+  assert tree.run("cloud_tpu.sh", "start_here", "--", "--config=c.py").returncode == 0
+  result = tree.run("cloud_tpu.sh", "setup", *SLICE)
+  assert result.returncode == 1 and "a job is running already" in result.stderr
+  assert not any(call.startswith("tar") for call in tree.calls)
+  tree.wait_for("ready")
+  tree.run("cloud_tpu.sh", "stop_here")
+
+
+@NEEDS_FLOCK
+def test_stop_on_a_worker_reaches_a_job_whose_loop_was_killed(tree):
+  tree.program(WORKS)
+  assert tree.run("cloud_tpu.sh", "start_here", "--", "--config=c.py").returncode == 0
+  tree.wait_for("ready")
+  os.kill(int(tree.read("runs/job/pid")), signal.SIGKILL)
+  assert tree.run("cloud_tpu.sh", "stop_here").stdout.endswith(": ended with a code that runs/job/log may tell\n")
+  assert tree.run("cloud_tpu.sh", "stop_here").stdout.endswith(": no job is running\n")
+
+
+@NEEDS_FLOCK
+def test_stop_on_a_worker_signals_no_process_that_has_the_number_of_the_job_now(tree):
+  (tree.root / "runs" / "job").mkdir(parents=True)
+  lock = tree.root / "runs" / "job" / "lock"
+  with lock.open("w") as held, subprocess.Popen(["sleep", "60"]) as stranger:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    for name in ("pid", "python_pid"):
+      (lock.parent / name).write_text(f"{stranger.pid}\n")
+    result = tree.run("cloud_tpu.sh", "stop_here")
+    assert stranger.poll() is None
+    stranger.kill()
+  assert result.returncode == 1 and f"fuser -v {lock}" in result.stderr
 
 
 @NEEDS_FLOCK
@@ -351,9 +415,12 @@ def test_install_on_a_worker_brings_a_newer_python_if_needed_and_the_build_for_t
 
 
 JOB = """#!/usr/bin/env bash
+source launch/common.sh
 code=0
 srun --kill-on-bad-exit=0 .venv/bin/python -m awrsr_jax.main --workdir=runs/ml1m --config=configs/ml1m.py || code=$?
-if ((code == 75 || code > 128)); then scontrol requeue "$SLURM_JOB_ID"; fi
+if ((code == 75 || code > 128)) && gets_ahead "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID.ends" runs/ml1m; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit $code
 """
 OPTIONS = "--job-name=awrsr_jax --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --partition=gpu --account=me " \
@@ -388,9 +455,28 @@ def test_slurm_without_gpus_has_one_process_per_node(tree):
   assert "\nsrun --kill-on-bad-exit=0 env JAX_PLATFORMS=cpu .venv/bin/python -m awrsr_jax.main " in printed
 
 
-@pytest.mark.parametrize("code, requeued", [(0, []), (1, []), (75, ["scontrol requeue 42"])])
-def test_a_slurm_job_goes_back_to_the_queue_after_75_alone(code, requeued, tree):
-  tree.fake("bin/srun", f"exit {code}", record=False)
+def run_job(tree, srun: str) -> int:
+  tree.fake("bin/srun", srun, record=False)
   tree.fake("bin/scontrol")
-  result = subprocess.run(["bash"], input=JOB, text=True, env=tree.env | {"SLURM_JOB_ID": "42"})
-  assert result.returncode == code and tree.calls == requeued
+  (tree.root / "runs").mkdir(exist_ok=True)
+  env = tree.env | {"SLURM_JOB_NAME": "awrsr_jax", "SLURM_JOB_ID": "42"}
+  return subprocess.run(["bash"], input=JOB, text=True, cwd=tree.root, env=env).returncode
+
+
+@pytest.mark.parametrize("code, requeued", [(0, []), (1, []), (75, ["scontrol requeue 42"]),
+                                            (137, ["scontrol requeue 42"])])
+def test_a_slurm_job_goes_back_to_the_queue_after_75_and_a_signal(code, requeued, tree):
+  assert run_job(tree, f"exit {code}") == code and tree.calls == requeued
+
+
+def test_a_slurm_job_goes_back_to_the_queue_until_three_starts_in_a_row_saved_nothing_new(tree):
+  save = 'mkdir -p "runs/ml1m/checkpoints/{}"; exit 75'
+  for start, text in enumerate([save.format(9), save.format(10), "exit 75", save.format("11.tmp")], start=1):
+    assert run_job(tree, text) == 75 and len(tree.calls) == min(start, 3)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_slurm_job_on_a_full_disk_ends(tree):
+  (tree.root / "runs").mkdir()
+  (tree.root / "runs" / "awrsr_jax-42.ends").symlink_to("/dev/full")
+  assert run_job(tree, "exit 75") == 75 and not tree.calls

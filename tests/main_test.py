@@ -1,12 +1,14 @@
 """The command line: every bad input is one clear error, before the first compile."""
 
 import pathlib
+import subprocess
 import sys
 
 import jax
 import pytest
 
 from awrsr_jax import command
+from awrsr_jax.engine import processes
 from awrsr_jax.engine import train as train_module
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -72,6 +74,16 @@ def test_a_workdir_that_cannot_be_written_is_refused(small_config, tmp_path, no_
     train_module.train(small_config, tmp_path / "file" / "run")
 
 
+def test_what_a_run_cannot_go_on_from_is_refused_by_all_its_processes(small_config, tmp_path, monkeypatch):
+  def refuse(*_):
+    raise ValueError("is beyond the last step")
+  monkeypatch.setattr(train_module, "start_or_resume", refuse)
+  monkeypatch.setattr(processes, "gather", lambda text: [text, text])
+  with pytest.raises(ValueError, match="beyond the last step") as caught:
+    train_module.train(small_config, tmp_path / "run")
+  assert processes.ON_ALL in caught.value.__notes__
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--config=configs/synthetic.py", "--config.model.rfine=value"], "did you mean model.refine"),
     (["--config=configs/nowhere.py"], "configs/nowhere.py: no such file"),
@@ -80,3 +92,14 @@ def test_a_misspelt_flag_is_one_line(flags, message, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(SystemExit, match=message):
     command.parse_flags([sys.argv[0], *flags])
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_those_that_wait_for_it(tmp_path):
+  code = ("import atexit, jax\nfrom absl import app\nfrom awrsr_jax import main\n"
+          "def train(*_): raise ValueError('a shard is damaged')\n"
+          "main.train, main.processes.start = train, lambda *_: None\n"
+          "jax.process_count, jax.distributed.is_initialized = lambda: 2, lambda: True\n"
+          "atexit.register(print, 'a regular exit')\napp.run(main.main, flags_parser=main.parse_flags)")
+  given = ["--config=tests/tiny_config.py", f"--workdir={tmp_path}"]
+  done = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert (done.returncode, done.stdout, done.stderr) == (1, "", "ValueError: a shard is damaged\n")

@@ -1,5 +1,6 @@
 """The mesh: which devices, where each array lives, and how a batch gets onto them (8 simulated devices)."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,7 +8,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from awrsr_jax.config import default
 from awrsr_jax.engine import mesh as meshes
@@ -30,6 +31,39 @@ def test_a_mesh_has_the_shape_asked_for_and_takes_the_first_devices(data, model,
 def test_a_mesh_that_does_not_fit_the_devices_is_an_error(data, model):
   with pytest.raises(ValueError, match=rf"config.mesh.data={data} x config.mesh.model={model} does not fit 8 devices"):
     make(data, model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What of a TPU device its place in a mesh depends on."""
+
+  id: int
+  coords: tuple[int, int, int]
+  device_kind: str
+  platform: str = "tpu"
+  process_index: int = 0
+  core_on_chip: int = 0
+
+
+def chips(x, y, kind):
+  """Returns the devices of a slice, in JAX's order."""
+  return [Chip(number, (number % x, number // x, 0), kind) for number in range(x * y)]
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+@pytest.mark.parametrize("topology, shape", [((4, 4), (8, 2)), ((8, 8), (4, 16))])
+def test_a_mesh_may_split_an_axis_of_a_tpu_topology(topology, shape, kind, monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: chips(*topology, kind))
+  mesh = make(*shape)
+  assert mesh.devices.shape == shape and mesh.axis_types == (AxisType.Auto,) * 2
+  assert sorted(chip.id for chip in mesh.devices.flat) == list(range(np.prod(topology)))
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+def test_tpu_chips_that_are_no_block_are_refused(kind, monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: chips(2, 2, kind))
+  with pytest.raises(ValueError, match=r"data=3 x config.mesh.model=1: the first 3 of 4 devices are no full block"):
+    make(3, 1)
 
 
 def test_a_batch_that_does_not_split_is_an_error_that_names_the_key_and_a_size_that_does():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from faults.runs import read_lines, read_result
@@ -199,6 +200,50 @@ def test_what_is_wrong_on_one_process_ends_all_with_its_message(start, tmp_path,
   assert run.wait(60) == [1, 1], run.output()
   assert message in run.logs[0].read_text() and "Traceback" not in run.output()
   assert not (ROOT / "elsewhere").exists()
+
+
+def test_an_error_of_one_process_alone_is_told_from_one_of_all(monkeypatch):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "gather", lambda text: [text, '{"a": 2}'])  # process 1 says this
+  with pytest.raises(UnicodeError, match="mine") as of_this, processes.together():
+    raise UnicodeError("mine")
+  with pytest.raises(ValueError, match='process 1: {"a": 2}') as of_another, processes.together():
+    pass
+  with pytest.raises(ValueError, match="a: 1 on process 0, 2 on process 1") as of_both:
+    processes.check_equal("config", {"a": 1})
+  with pytest.raises(ValueError, match="invalid literal") as of_first:
+    processes.array_from_first(lambda: int("made by process 0"), (), np.int32)
+  agreed = [of_this.value, of_another.value, of_both.value, of_first.value, FloatingPointError("not finite")]
+  assert not any(map(processes.fails_alone, agreed)) and processes.fails_alone(ValueError("mine"))
+  monkeypatch.setattr(jax, "process_count", lambda: 1)
+  assert not processes.fails_alone(ValueError("mine"))
+
+
+NCCL = "INTERNAL: NCCL operation {} failed: {}. Last NCCL warning(error) log entry (may be unrelated) '{}'."
+
+
+@pytest.mark.parametrize("kind, message, is_loss", [
+    (jax.errors.JaxRuntimeError, "UNKNOWN: Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:4711", True),
+    (jax.errors.JaxRuntimeError, "UNAVAILABLE: The following tasks are unhealthy: /job:jax_worker/task:1", True),
+    (TimeoutError, "Timeout waiting at barrier. The original error raised was: UNAVAILABLE: failed to connect", True),
+    (ValueError, "UNAVAILABLE: Error reading \"gs://bucket/run/checkpoints/9\": All 32 retry attempts failed", False),
+    (RuntimeError, "checkpoints cannot be read now (ValueError: UNAVAILABLE: Error reading gs://bucket/run)", False),
+    (jax.errors.JaxRuntimeError, NCCL.format(
+        "ncclGroupEnd()", "remote process exited or there was a network error", ""), True),
+    (jax.errors.JaxRuntimeError, NCCL.format(
+        "ncclGroupEnd()", "unhandled system error", "socketProgress: Connection closed by remote peer"), True),
+    (jax.errors.JaxRuntimeError, NCCL.format(
+        "ncclGroupEnd()", "unhandled cuda error", "Cuda failure 2 'out of memory'"), False),
+    (jax.errors.JaxRuntimeError, NCCL.format(
+        "ncclCommInitRank(&comm, nranks, id, rank)", "unhandled system error", "No space left on device"), False),
+    (jax.errors.JaxRuntimeError, NCCL.format(
+        "ncclCommInitRank(&comm, nranks, id, rank)", "unhandled system error", "Connection refused"), False),
+])
+def test_what_tells_that_another_process_is_gone(kind, message, is_loss, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(processes.ProcessLost if is_loss else kind), processes.noticing_losses():
+    raise kind(message)
 
 
 @pytest.mark.parametrize("who, message", [

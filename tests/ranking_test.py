@@ -13,6 +13,7 @@ from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import corpus as data_corpus
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine import ranking
+from awrsr_jax.inference import top
 from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.hidden import Hidden
 
@@ -169,6 +170,18 @@ def test_a_real_backbone_ranks_as_a_float64_loop_over_users(backbone, params, co
     targets_seen += target in known
   np.testing.assert_array_equal(got, expected)
   assert len(got) == 45 and targets_seen > 0 and len(set(expected)) > 10
+
+
+def test_what_ranks_and_recommends_multiplies_in_full_precision_on_every_device(backbone, params):
+  inputs, items = jnp.ones((2, 6), jnp.int32), jnp.int32([3, 4])
+  feed = {"inputs": inputs, "seen": inputs, "target": items, "stop": jnp.zeros(1, jnp.int32)}
+  allowed = jnp.ones(len(params["embedding"]["item_table"]), bool)
+  for step, *arguments in ((ranking.make_rank_step(backbone, make(1, 1), 16), feed),
+                           (ranking.make_rank_step(backbone, make(1, 1), 16), feed | {"candidates": inputs}),
+                           (top.make_top_step(backbone, make(1, 1), 3, 16), inputs, inputs, allowed),
+                           (top.make_similar_step(backbone, make(1, 1), 3, 16), items, inputs, allowed)):
+    program = step.lower(params, *arguments).as_text()
+    assert program.count("dot_general") == program.count("precision = [HIGHEST, HIGHEST]") > 0
 
 
 def test_broken_parameters_are_an_error_not_a_rank(backbone, params, corpus):

@@ -211,8 +211,11 @@ def test_significance_is_what_was_compared(groups):
   for key in ("mean", "p", "p_holm"):
     assert float(row[{"p_holm": "p (Holm)"}.get(key, key)]) == round(found[key], 4)
   assert float(row["difference"].replace("−", "-")) == round(found["difference"], 4)
-  low, high = (float(end.replace("−", "-")) for end in row["95 % interval"].split(" to "))
-  np.testing.assert_allclose([low, high], found["interval"], atol=5.1e-5)
+  for column, key, off in (("95 % interval", "interval", 5.1e-5),
+                           ("relative, 95 % interval", "relative_interval", 0.051),
+                           ("relative, 95 % interval, users and seeds", "relative_users_and_seeds", 0.051)):
+    ends = [float(end) for end in row[column].replace("−", "-").split(" to ")]
+    np.testing.assert_allclose(ends, found[key], atol=off)
 
 
 def test_only_keys_that_are_not_at_their_defaults_are_shown(tmp_path):

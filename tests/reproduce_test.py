@@ -22,7 +22,7 @@ from awrsr_jax.analysis.grid import COMPLETE, DIFFERS, MISSING, STARTED, Anchor,
 from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.config import walk
 from awrsr_jax.engine import processes, ranking
-from awrsr_jax.engine.run_folder import nest, read_ranks
+from awrsr_jax.engine.run_folder import lock_folder, nest, read_ranks
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests/tiny_config.py")
@@ -273,6 +273,27 @@ def test_code_75_starts_again_three_times_and_no_more(tmp_path):
   assert fake.started == [name] * 4 and failed == [f"{name} (code 75: it wrote nothing)"]
 
 
+def test_a_run_that_another_process_has_waits_and_is_no_failure(tmp_path, capsys):
+  grid, locks = plan(), []
+  fake = Fake(grid, tmp_path, {"T one/value/seed_0": [1]})
+
+  def take(planned):
+    locks.append(lock_folder(epath.Path(tmp_path) / planned.folder))
+
+  def start(command, log, share):  # the other one is faster with value/seed_0
+    process = fake(command, log, share)
+    if fake.started == ["T one/value/seed_0"]:
+      take(grid.runs[1])
+    return process
+
+  take(grid.runs[0])
+  free = lambda: [lock.close() for lock in locks]  # noqa: E731
+  assert reproduce.run_all(grid.runs, str(tmp_path), None, 1, free, start=start) == []
+  assert fake.started == [f"T one/{run}" for run in (
+      "value/seed_0", "none/seed_1", "value/seed_1", "none/seed_0", "value/seed_0")]
+  assert capsys.readouterr().out.count("in use by another process") == 1
+
+
 def test_code_0_without_a_result_is_a_failure(tmp_path, monkeypatch):
   monkeypatch.setattr(reproduce, "read_state", lambda planned, out: (STARTED, ""))
   assert go(plan(), tmp_path, only="none/seed_0")[1] == [
@@ -414,18 +435,17 @@ def test_the_numbers_of_the_page(seeds_of_three, tmp_path):
     assert cells[row]["test HR@10"] == f"{four(np.mean(hits))} ± {four(statistics.stdev(hits))}"
     for column in ("test NDCG@10", "validation NDCG@10"):
       assert cells[row][column] == f"{four(np.mean(gains))} ± {four(statistics.stdev(gains))}"
-    assert cells[row]["seeds"] == "3/3" and cells[row]["parameters"] == "1,234"
-    assert cells[row]["minutes"] == "2.5 ± 1.0"  # 90, 150 and 210 s
+    assert cells[row]["seeds"] == "3/3" and cells[row]["parameters"] == "1,234" and "minutes" not in cells[row]
   read = {row: [runs.read_run(out / planned.folder) for planned in grid.by_row["T one", row]] for row in ROWS}
   values = significance.compare(read)["metrics"]["ndcg@10"]["value"]
   low, high = values["relative_users_and_seeds"]
   assert cells["value"]["against none"] == f"{values['relative']:+.1f} % [{low:+.1f}, {high:+.1f}]"
-  assert cells["value"]["over seeds"] == "3" and cells["value"]["p (Holm)"] == four(values["p_holm"])
+  assert cells["value"]["p (Holm)"] == four(values["p_holm"])
   assert cells["none"]["against none"] == cells["none"]["p (Holm)"] == ""
   other = cells[r"*Other\|s (others: a log)*"]
   assert other["test NDCG@10"] == "*.0597*" and other["test HR@10"] == other["seeds"] == ""
   assert "6 of the 6 runs" in text and "Not complete" not in text
-  assert "| T one | none | 3 | 1,234 | 2.5 ± 1.0 | 20 | host 3 MiB | 1 x test (cpu) |" in text
+  assert "| T one | none | 3 | 1,234 | 2.5 ± 1.0 | 20 | host 3 MiB | 1 x test (cpu) |" in text  # 90, 150 and 210 s
   assert "Trained: 6 runs on 1 x test (cpu), jax 0.1." in text
   assert "for seed in 0 1 2; do" in text and text.count("--config.seed=$seed") == 2
 
@@ -438,48 +458,57 @@ def test_the_page_has_the_best_that_is_possible_where_the_law_of_the_data_is_kno
   assert "best possible" not in write_page(grid, tmp_path / "data", tmp_path / "results.md")[0]
   best = write_page(grid, tmp_path / "law", tmp_path / "results.md")[1]["best possible, by the law of the data"]
   assert best["test NDCG@10"] == ".7500" and best["test MRR"] == ".6250"
-  assert best["validation NDCG@10"] == best["seeds"] == best["minutes"] == ""
+  assert best["validation NDCG@10"] == best["seeds"] == ""
 
 
-def test_missing_seeds_are_named_and_rows_are_compared_over_what_both_have(seeds_of_three, tmp_path):
+def test_missing_seeds_are_named_and_rows_are_compared_over_all_that_are_complete(seeds_of_three, tmp_path):
   grid, out, ranks = seeds_of_three
   (out / "T_one/value/seed_1/result.json").unlink()
   for file in ("config.json", "result.json"):
     (out / "T_one/none/seed_2" / file).unlink()
   text, cells = write_page(grid, out, tmp_path / "results.md")
   assert "Not complete: none: seed 2 missing; value: seed 1 started." in text
-  assert cells["none"]["seeds"] == cells["value"]["seeds"] == "2/3" and cells["value"]["over seeds"] == "1"
-  base, other = (np.mean(significance.gains(ranks[row, 0], "ndcg@10")) for row in ROWS)
+  assert cells["none"]["seeds"] == cells["value"]["seeds"] == "2/3"
+  base, other = (np.mean([significance.gains(ranks[row, seed], "ndcg@10") for seed in seeds])
+                 for row, seeds in (("none", (0, 1)), ("value", (0, 2))))
   shown = re.fullmatch(r"([+-][\d.]+) % \*\[.*\]\*", cells["value"]["against none"])  # in italics: users alone
   assert float(shown[1]) == round(100 * (other - base) / base, 1)
 
 
-def test_p_values_are_corrected_for_all_rows_also_over_other_seeds(tmp_path):
+def test_p_values_are_corrected_for_all_rows_also_of_other_seeds(tmp_path):
   grid, rng = plan(table(rows=ROWS | {"deep": {"model.layers": 3}})), np.random.default_rng(1)
   for planned in grid.runs:
     if planned.names[0] != "T one/deep/seed_1":
       finish(planned, tmp_path / "out", rng.integers(1, 20, 40))
   _, cells = write_page(grid, tmp_path / "out", tmp_path / "results.md")
-  assert [cells[row]["over seeds"] for row in ("value", "deep")] == ["2", "1"]
+  assert [cells[row]["seeds"] for row in ("value", "deep")] == ["2/2", "1/2"]
   p = []
   for row, seeds in (("value", 2), ("deep", 1)):
-    read = {name: [runs.read_run(tmp_path / "out" / planned.folder) for planned in grid.by_row["T one", name][:seeds]]
-            for name in ("none", row)}
+    read = {name: [runs.read_run(tmp_path / "out" / planned.folder) for planned in grid.by_row["T one", name][:count]]
+            for name, count in (("none", 2), (row, seeds))}
     p.append(significance.compare(read)["metrics"]["ndcg@10"][row]["p"])
   assert [cells[row]["p (Holm)"] for row in ("value", "deep")] == list(
       map(show_metric, significance.correct_holm(p)))
 
 
-def test_rows_without_a_common_seed_or_without_ranks_are_not_compared(tmp_path):
+def test_without_a_baseline_or_without_ranks_nothing_is_compared(tmp_path):
   grid = plan()
-  finish(grid.by_row["T one", "none"][0], tmp_path / "out")
   finish(grid.by_row["T one", "value"][1], tmp_path / "out")
   text, cells = write_page(grid, tmp_path / "out", tmp_path / "results.md")
-  assert "value is not compared: it has no complete seed that none has" in text and cells["value"]["over seeds"] == ""
-  finish(grid.by_row["T one", "none"][1], tmp_path / "out")
+  assert "Nothing is compared: no run of none is complete." in text and cells["value"]["against none"] == ""
+  finish(grid.by_row["T one", "none"][0], tmp_path / "out")
   (tmp_path / "out/T_one/value/seed_1/ranks.parquet").unlink()
-  assert re.search("value: not compared, .*ranks.parquet cannot be read",
+  assert re.search("Nothing is compared: .*ranks.parquet cannot be read",
                    write_page(grid, tmp_path / "out", tmp_path / "results.md")[0].replace("\\", ""))
+
+
+def test_what_was_not_run_has_no_command_on_the_page(tmp_path):
+  grid = plan(table(), table("T two", {"deep": {"model.layers": 3}}))
+  finish(grid.by_row["T one", "value"][1], tmp_path / "out")
+  text, _ = write_page(grid, tmp_path / "out", tmp_path / "results.md")
+  assert text.count("awrsr_jax.main") == 1 and "for seed in 0 1; do" in text
+  assert "--config.seed=$seed --workdir=docs/results/runs/T_one/value/seed_$seed\n" in text
+  assert "## T two" not in text and text.endswith("prints their commands.\n\n- T two: A title\n")
 
 
 def test_the_same_folders_give_the_same_bytes(seeds_of_three, tmp_path):
@@ -490,7 +519,7 @@ def test_the_same_folders_give_the_same_bytes(seeds_of_three, tmp_path):
     write_page(grid, out, tmp_path / name / "results.md")
     found.append({str(path.relative_to(tmp_path / name)): path.read_bytes()
                   for path in (tmp_path / name).rglob("*") if path.is_file()})
-  assert found[0] == found[1] and found[0].keys() == {"results.md", "results/T_one.svg"}
+  assert found[0] == found[1] and found[0].keys() == {"results.md", "results/T_one.svg", "results/.lock"}
   assert str(tmp_path) not in found[0]["results.md"].decode()
 
 
@@ -523,15 +552,46 @@ def test_the_published_page_says_what_the_published_runs_do():
   folder = ROOT / "docs/results/runs"
   text, _ = results.render(grids.load_grid("configs/grids/results.py"), folder, "results")
   assert text == (ROOT / "docs/results.md").read_text()
-  files = [path for path in folder.rglob("*") if path.is_file()]
-  assert {path.name for path in files} == {"config.json", "corpus.json", "metrics.jsonl", "ranks.parquet",
-                                           "result.json"}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git checkout")
+def test_of_a_run_that_is_published_only_what_the_page_is_made_of_is_tracked():
+  git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout  # noqa: E731
+  kept = {"config.json", "corpus.json", "metrics.jsonl", "ranks.parquet", "result.json"}
+  others = {"log.txt", ".lock", "config.json.tmp", "checkpoints/7/_METADATA", "tensorboard/events"}
+  folder = "docs/results/runs/T/row/seed_0"
+  ignored = git("check-ignore", "docs/results/.lock", *(f"{folder}/{name}" for name in kept | others)).splitlines()
+  assert set(ignored) == {"docs/results/.lock", *(f"{folder}/{name}" for name in others)}
+  files = [ROOT / name for name in git("ls-files", "-z", "docs/results/runs").split("\0")[:-1]]
+  assert {path.name for path in files} == kept
   for path in files:  # no data, and no machine
     if path.name == "ranks.parquet":
       ranks = read_ranks(epath.Path(path))
       assert ranks["user"].tolist() == list(range(len(ranks["user"]))) and max(ranks["item"]) < 256
     elif path.name == "config.json":
       assert not pathlib.Path(json.loads(path.read_text())["data"]["path"]).is_absolute()
+
+
+def test_hosts_read_and_write_one_after_the_other(tmp_path, monkeypatch):
+  grid, render = plan(), results.render
+  finish(grid.runs[0], tmp_path / "out")
+
+  def look(*arguments):
+    with pytest.raises(ValueError, match=f"--workdir={tmp_path / 'results'} is in use"):
+      lock_folder(epath.Path(tmp_path / "results"))
+    return render(*arguments)
+
+  monkeypatch.setattr(results, "render", look)
+  results.write_results(grid, tmp_path / "out", tmp_path / "results.md")
+  lock_folder(epath.Path(tmp_path / "results")).close()
+
+
+def test_the_page_has_what_others_ran_meanwhile(tmp_path, monkeypatch):
+  (tmp_path / "grid.py").write_text(GRID)
+  grid = grids.load_grid(tmp_path / "grid.py")
+  monkeypatch.setattr(reproduce, "run_all", lambda *_: [finish(planned, tmp_path / "out") for planned in grid.runs][:0])
+  reproduce.reproduce(str(tmp_path / "grid.py"), str(tmp_path / "out"), None, None, 1, str(tmp_path / "results.md"))
+  assert "2 of the 2 runs" in (tmp_path / "results.md").read_text()
 
 
 def test_no_run_no_page(tmp_path):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from etils import epath
@@ -168,6 +169,21 @@ def test_a_second_open_is_refused_until_the_first_closes(tmp_path):
   with run_folder.open_run(tmp_path, make_config(), CORPUS), pytest.raises(ValueError, match="is in use"):
     open_and_close(tmp_path)
   open_and_close(tmp_path)
+
+
+def test_who_waits_has_the_folder_next(tmp_path):
+  order, lock = [], run_folder.lock_folder(epath.Path(tmp_path))
+
+  def take():
+    with run_folder.lock_folder(epath.Path(tmp_path), wait=True):
+      order.append("taken")
+
+  thread = threading.Thread(target=take)
+  thread.start()
+  order.append("free")
+  lock.close()
+  thread.join()
+  assert order == ["free", "taken"]
 
 
 def test_a_refused_open_does_not_keep_the_folder(tmp_path):

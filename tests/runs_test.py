@@ -23,7 +23,7 @@ def write_run(folder, ranks=(1, 2.5, 11, 4), users=None, protocol=PROTOCOL, corp
   Returns:
     The folder, as text.
   """
-  folder.mkdir(parents=True)
+  folder.mkdir(parents=True, exist_ok=True)
   config = default()
   config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
   (folder / "config.json").write_text(json.dumps(config.to_dict()))

@@ -104,7 +104,7 @@ def test_amazon_ratings_without_a_header_say_themselves_which_column_is_which(tm
 
 def test_a_first_line_that_is_a_row_is_never_taken_for_names(tmp_path):
   path = write(tmp_path, "ratings.csv", "1,31,2.5,1260759144\n1,32,3,1260759150\n")
-  with pytest.raises(ValueError, match="which of the columns.*first line is a row already set --config.data.header=user"):
+  with pytest.raises(ValueError, match="which of the columns.*first line is a row already set --config.data.head"):
     read(path)
   with pytest.raises(ValueError, match="ratings.csv: its first line.*numbers where names.*--config.data.header=user"):
     read(path, columns__user="1", columns__item="31", columns__time="1260759144")
@@ -115,10 +115,10 @@ def test_a_first_line_that_is_a_row_is_never_taken_for_names(tmp_path):
 
 def test_columns_without_a_name_are_left_aside(tmp_path):
   """As `to_csv` of pandas writes its index."""
-  assert read(write(tmp_path, "a.csv", lines_of(("", "user", "item", "time"), [(i, *row) for i, row in enumerate(ROWS)])))[
-      0] == ROWS
-  assert read(write(tmp_path, "b.csv", lines_of((), [("x", *row, "y") for row in ROWS])), header=",user,item,time,")[
-      0] == ROWS
+  indexed = lines_of(("", "user", "item", "time"), [(index, *row) for index, row in enumerate(ROWS)])
+  assert read(write(tmp_path, "a.csv", indexed))[0] == ROWS
+  headless = lines_of((), [("x", *row, "y") for row in ROWS])
+  assert read(write(tmp_path, "b.csv", headless), header=",user,item,time,")[0] == ROWS
 
 
 def test_columns_by_name_beat_layouts_and_only_a_whole_layout_brings_titles(tmp_path):

@@ -15,8 +15,10 @@ import tiny_config
 
 import awrsr_jax
 from awrsr_jax.config import default, finalize
+from awrsr_jax.data import batches
 from awrsr_jax.engine import checkpoint
 from awrsr_jax.engine.train import make_job, train
+from awrsr_jax.evaluate import evaluate
 from awrsr_jax.inference.trained import load
 from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.gaussian import wasserstein
@@ -238,6 +240,30 @@ def test_ids_that_were_numbers_come_back_as_numbers(tmp_path):
   assert all(type(one.score) is float for one in found)
 
 
+# --- ranking again
+
+
+def test_a_run_that_is_evaluated_again_gives_its_own_numbers_and_is_left_as_it_is(run):
+  before = {path: path.stat().st_mtime_ns for path in run[1].rglob("*")}
+  found, result = evaluate(run[1]), json.loads((run[1] / "result.json").read_text())
+  assert found == {key: result[key] for key in ("protocol", "valid", "test")} | {"step": result["best_step"]}
+  assert before == {path: path.stat().st_mtime_ns for path in run[1].rglob("*")}
+
+
+def test_a_run_is_evaluated_under_another_protocol(run, monkeypatch):
+  monkeypatch.setattr(batches, "NUM_CANDIDATES", 5)
+  found = evaluate(run[1], "popular100", data=run[0].data.path)
+  assert found["protocol"].count("SAMPLED") == 1 and found["test"]["hr@10"] == found["valid"]["hr@10"] == 1
+  assert 0 < found["test"]["hr@1"] < 1
+
+
+def test_a_run_is_evaluated_on_its_own_data_alone(run, tmp_path):
+  lines = (run[1].parent / "log.csv").read_text().splitlines()
+  (tmp_path / "other.csv").write_text("\n".join(lines[:-1]) + "\n")
+  with pytest.raises(ValueError, match="was made from another corpus: .*fingerprint.*Use the same data"):
+    evaluate(run[1], data=str(tmp_path / "other.csv"))
+
+
 # --- what is no run
 
 
@@ -248,9 +274,15 @@ def copied(run, tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
   for folder in (tmp_path, tmp_path / "nowhere"):
-    with pytest.raises(ValueError, match="is no run folder: it has no config.json"):
+    with pytest.raises(ValueError, match="is no run folder: it has neither checkpoints nor config.json"):
       load(folder)
   assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_checkpoints_alone_are_enough(run, trained, tmp_path):
+  shutil.copytree(run[1] / "checkpoints", tmp_path / "checkpoints")
+  histories = [trained.catalogue.item_ids[:4]]
+  assert load(tmp_path, step=trained.step).recommend(histories, k=3) == trained.recommend(histories, k=3)
 
 
 def test_a_run_without_a_finished_checkpoint_is_refused(copied):

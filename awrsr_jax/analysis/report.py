@@ -7,7 +7,7 @@ Every text that comes from data, folders or configs is escaped. The same runs gi
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from awrsr_jax.analysis.drawing import Drawing
@@ -197,8 +197,9 @@ def _significance(page: Page, comparison: dict[str, Any] | str) -> str:
     return f"<p>{escape(comparison)}</p>\n"
   level = f"{100 * comparison['level']:g} % interval"
   several = any(values.get("users_and_seeds") for found in comparison["metrics"].values() for values in found.values())
-  columns = ["config", "seeds", "mean", "difference", level, *[f"{level}, users and seeds"] * several, "relative", "p",
-             "p (Holm)"]
+  intervals = [level, *[f"{level}, users and seeds"] * several]
+  columns = ["config", "seeds", "mean", "difference", *intervals, "relative",
+             *(f"relative, {interval}" for interval in intervals), "p", "p (Holm)"]
   tables = []
   for metric, found in comparison["metrics"].items():
     rows = []
@@ -207,7 +208,9 @@ def _significance(page: Page, comparison: dict[str, Any] | str) -> str:
       if "difference" in values:
         row += [_signed(values["difference"]), _interval(values["interval"]),
                 *([_interval(values["users_and_seeds"])] * several),
-                "–" if values["relative"] is None else f"{values['relative']:+.1f} %".replace("-", "−"),
+                "–" if values["relative"] is None else f"{_percent(values['relative'])} %",
+                _interval(values["relative_interval"], _percent),
+                *([_interval(values["relative_users_and_seeds"], _percent)] * several),
                 show_metric(values["p"]), show_metric(values["p_holm"])]
       rows.append(row + [None] * (len(columns) - len(row)))
     tables.append(page.table(f"Test {metric.upper()}, compared with {comparison['baseline']}", columns, rows))
@@ -225,9 +228,14 @@ def _signed(value: float) -> str:
   return ("−" if value < 0 else "+") + show_metric(abs(value))
 
 
-def _interval(ends: Sequence[float] | None) -> str | None:
+def _percent(value: float) -> str:
+  """Returns a relative difference in % as text, with its sign."""
+  return f"{value:+.1f}".replace("-", "−")
+
+
+def _interval(ends: Sequence[float] | None, show: Callable[[float], str] = _signed) -> str | None:
   """Returns an interval as text; None where there is none."""
-  return None if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}"
+  return None if ends is None else f"{show(ends[0])} to {show(ends[1])}"
 
 
 def _attention(page: Page, attention: Sequence[Attention]) -> str:

@@ -20,18 +20,20 @@ from awrsr_jax.analysis.drawing import Drawing, to_svg
 from awrsr_jax.analysis.grid import COMPLETE, METRICS, MISSING, STARTED, Anchor, Cost, Grid, Planned, Table, read_states
 from awrsr_jax.analysis.runs import Run, check_comparable, read_run
 from awrsr_jax.analysis.text import show_metric, show_spread
-from awrsr_jax.engine.run_folder import write_bytes, write_text
+from awrsr_jax.engine.run_folder import lock_folder, write_bytes, write_text
 from awrsr_jax.foreign import plain
 
 COMPARED = "ndcg@10"
+RUNS = "docs/results/runs"  # where runs are published; whoever adds one has the page of all
 HOW_TO_READ = """\
 Values are means over seeds ± one sample deviation; there is no deviation where one seed is complete. Of each run the
 best epoch by validation NDCG@10 is ranked once on the test split. "Against" compares test NDCG@10 with the first row,
-user by user, over the seeds that are complete in both rows ("over seeds"): the difference in % with its 95 % interval.
-With three seeds or more of both the interval covers the luck of users and of seeds; with fewer, in italics, of users
-alone, and training again may say something else. p is two-sided, over users, corrected by Holm for the rows of a table.
-Numbers of others are in italics with their source; they were not made by this code. DATA is the folder of the data
-files."""
+user by user, over all complete seeds of each: the difference in % with its 95 % interval. With three seeds or more of
+both the interval covers the luck of users and of seeds; with fewer, in italics, of users alone, and training again may
+say something else. p is two-sided, over users, corrected by Holm for the rows of a table. Numbers of others are in
+italics with their source; they were not made by this code. Commands are those of rows with a complete run, and DATA is
+the folder of the data files. A command trains nothing where its run folder is complete, as in a clone of this
+repository; with another --workdir it trains anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Row:
 def write_results(grid: Grid, out: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
   """Writes the results as markdown, and beside it, in a folder of its name, a figure a table.
 
+  Of several hosts one writes at a time, and what the last one writes is of all runs.
+
   Args:
     grid: what is wanted.
     out: the folder of its runs.
@@ -56,17 +60,16 @@ def write_results(grid: Grid, out: str | os.PathLike[str], path: str | os.PathLi
     ValueError: no run is complete; a run folder is damaged, of another config, or ranks other targets or under another
       protocol than the rest of its table; or a file cannot be written.
   """
-  text, drawings = render(grid, out, epath.Path(path).stem)
   path = epath.Path(path)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if drawings:
-      path.with_suffix("").mkdir(exist_ok=True)
-    for drawing in drawings:
-      write_bytes(path.with_suffix("") / f"{drawing.key}.svg", to_svg(drawing))
-    write_text(path, text)
-  except OSError as error:
-    raise ValueError(f"--results={path} cannot be written: {error.strerror or error}; choose another file") from error
+  folder = path.with_suffix("")
+  with lock_folder(folder, "--results", wait=True):
+    text, drawings = render(grid, out, path.stem)
+    try:
+      for drawing in drawings:
+        write_bytes(folder / f"{drawing.key}.svg", to_svg(drawing))
+      write_text(path, text)
+    except OSError as error:
+      raise ValueError(f"--results={path} cannot be written: {error.strerror or error}; choose another file") from error
 
 
 def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple[str, list[Drawing]]:
@@ -88,8 +91,11 @@ def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple
   count = sum(state == COMPLETE for state in states.values())
   parts = ["# Results", f"Written by `python -m awrsr_jax.reproduce` from run folders; {count} of the {len(grid.runs)} "
            f"runs that `{os.path.basename(grid.path)}` declares are complete.", HOW_TO_READ]
-  drawings = []
+  drawings, empty = [], []
   for table in grid.tables:
+    if isinstance(table, Table) and not any(row.runs for row in rows[table.key]):
+      empty.append(f"- {table.key}: {table.title}")
+      continue
     parts += [f"## {table.key}: {table.title}", table.text]
     if isinstance(table, Cost):
       parts += render_cost(table, rows)
@@ -97,37 +103,38 @@ def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple
     found, drawing = render_table(table, rows[table.key], figure_folder)
     parts += found
     drawings += [drawing] if drawing else []
+  if empty:
+    parts += ["## Not run yet", "No run of these tables is complete. `python -m awrsr_jax.reproduce --list` prints "
+              "their commands.", "\n".join(empty)]
   return "\n\n".join(parts) + "\n", drawings
 
 
 def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple[list[str], Drawing | None]:
   """Returns the paragraphs of a table after its text, and its figure where two rows have a complete run.
 
+  Args:
+    table: what is wanted.
+    rows: of it; one or more of them have a complete run.
+    figure_folder: see render.
+
   Raises:
     ValueError: its runs rank other targets or under another protocol.
   """
-  runs = [run for row in rows for run in row.runs]
-  parts, drawing = [], None
-  if runs:
-    check_table_runs(table, runs)
-    parts.append(describe_setting(runs[0]))
-    compared, left_out = compare_rows(rows)
-    baseline = escape(rows[0].name)
-    titles = ["row", "seeds", *(title(column) for column in METRICS), f"against {baseline}", "over seeds", "p (Holm)",
-              "parameters", "minutes"]
-    lines = [[escape(row.name), f"{len(row.runs)}/{len(row.planned)}",
-              *(show_spread([read_metric(run, column) for run in row.runs]) for column in METRICS),
-              *show_difference(compared.get(row.name)),
-              *show_size(row.runs)] for row in rows if row.runs]
-    lines += [show_anchor(anchor, len(titles)) for anchor in table.anchors]
-    lines += [show_oracle(runs[0].result["oracle"], len(titles))] if "oracle" in runs[0].result else []
-    parts.append(format_table(titles, lines))
-    parts += left_out
-    parts += [f"Not complete: {missing}."] if (missing := name_missing(rows)) else []
-    parts.append(f"{describe_devices(runs)}.")
-  else:
-    parts.append("No run is complete.")
-  groups = {row.name: list(row.runs) for row in rows if row.runs}
+  complete = [row for row in rows if row.runs]
+  runs = [run for row in complete for run in row.runs]
+  check_table_runs(table, runs)
+  compared, left_out = compare_rows(rows)
+  titles = ["row", "seeds", *(title(column) for column in METRICS), f"against {escape(rows[0].name)}", "p (Holm)",
+            "parameters"]
+  lines = [[escape(row.name), f"{len(row.runs)}/{len(row.planned)}",
+            *(show_spread([read_metric(run, column) for run in row.runs]) for column in METRICS),
+            *show_difference(compared.get(row.name)), show_parameters(row.runs)] for row in complete]
+  lines += [show_anchor(anchor, len(titles)) for anchor in table.anchors]
+  lines += [show_oracle(runs[0].result["oracle"], len(titles))] if "oracle" in runs[0].result else []
+  parts, drawing = [describe_setting(runs[0]), format_table(titles, lines), *left_out], None
+  parts += [f"Not complete: {missing}."] if (missing := name_missing(rows)) else []
+  parts.append(f"{describe_devices(runs)}.")
+  groups = {row.name: list(row.runs) for row in complete}
   if len(groups) >= 2:
     try:
       drawing = dataclasses.replace(figures.validation_curve(groups, COMPARED), key=table.folder)
@@ -135,7 +142,7 @@ def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple
       parts += [f"![{drawing.title}, {table.title}]({figure_folder}/{drawing.key}.svg)", caption]
     except ValueError as error:
       parts.append(f"There is no figure: {escape(str(error))}.")
-  parts.append(list_commands(rows))
+  parts.append(list_commands(complete))
   return parts, drawing
 
 
@@ -148,8 +155,9 @@ def render_cost(table: Cost, rows: dict[str, list[Row]]) -> list[str]:
       for device in sorted({run.result["device"] for run in row.runs}):
         runs = [run for run in row.runs if run.result["device"] == device]
         speeds = [speed for run in runs for speed in run.curve("train", "interactions_per_sec")[2].tolist()]
-        lines.append([escape(key), escape(row.name), str(len(runs)), *show_size(runs),
-                      f"{statistics.median(speeds):,.0f}" if speeds else "", show_memory(runs), escape(device)])
+        lines.append([escape(key), escape(row.name), str(len(runs)), show_parameters(runs),
+                      show_minutes(runs), f"{statistics.median(speeds):,.0f}" if speeds else "", show_memory(runs),
+                      escape(device)])
   if not lines:
     return [f"No run of {', '.join(table.of)} is complete."]
   return ["Minutes are means over runs ± one sample deviation, from start to result, with compiling and evaluating. "
@@ -166,35 +174,21 @@ def check_table_runs(table: Table, runs: Sequence[Run]) -> None:
 
 
 def compare_rows(rows: Sequence[Row]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-  """Compares each row with the first one over the seeds that both have complete.
+  """Compares each row with the first one, over all complete runs of either.
 
   Returns:
-    Row name -> "relative", its interval ("ends"), whether that covers seeds ("covers_seeds"), how many were compared
-    ("seeds") and "p_holm", corrected for all rows; and sentences of what could not be compared.
+    Row name -> what significance.compare says of it; and a sentence where nothing could be compared.
   """
-  base, found, left_out = rows[0], {}, []
-  together: dict[tuple[int, ...], list[Row]] = {}
-  for row in rows[1:]:
-    shared = sorted({run.seed for run in base.runs} & {run.seed for run in row.runs})
-    if shared:
-      together.setdefault(tuple(shared), []).append(row)  # rows of the same seeds share one draw of users
-    elif row.runs:
-      left_out.append(f"{escape(row.name)} is not compared: it has no complete seed that {escape(base.name)} has.")
-  for seeds, members in together.items():
-    pick = lambda row: tuple(run for run in row.runs if run.seed in seeds)  # noqa: B023, E731
-    try:
-      values = _compare(tuple((row.name, tuple(map(_stamp, pick(row)))) for row in (base, *members)))
-    except ValueError as error:
-      left_out.append(f"{', '.join(escape(row.name) for row in members)}: not compared, {escape(str(error))}.")
-      continue
-    for row in members:
-      of_row = values[row.name]
-      both = of_row["relative_users_and_seeds"]
-      found[row.name] = {"relative": of_row["relative"], "ends": both or of_row["relative_interval"],
-                         "covers_seeds": both is not None, "seeds": len(seeds), "p": of_row["p"]}
-  corrected = significance.correct_holm([values["p"] for values in found.values()])
-  return {name: values | {"p_holm": p_holm}
-          for (name, values), p_holm in zip(found.items(), corrected, strict=True)}, left_out
+  base, others = rows[0], [row for row in rows[1:] if row.runs]
+  if not base.runs:
+    return {}, [f"Nothing is compared: no run of {escape(base.name)} is complete."]
+  if not others:
+    return {}, []
+  try:
+    values = _compare(tuple((row.name, tuple(map(_stamp, row.runs))) for row in (base, *others)))
+  except ValueError as error:
+    return {}, [f"Nothing is compared: {escape(str(error))}."]
+  return {row.name: values[row.name] for row in others}, []
 
 
 def describe_setting(run: Run) -> str:
@@ -227,7 +221,7 @@ def list_commands(rows: Sequence[Row]) -> str:
   """Returns the commands of a table as a block of shell, one line a row, in a loop over seeds."""
   lines = []
   for row in rows:
-    words = row.planned[0].command("runs/results", "DATA", seed="$seed")
+    words = row.planned[0].command(RUNS, "DATA", seed="$seed")
     lines.append("  " + " ".join(word if "$" in word else shlex.quote(word) for word in words))
   seeds = " ".join(str(run.seed) for run in rows[0].planned)
   return "\n".join(["```bash", f"for seed in {seeds}; do", *lines, "done", "```"])
@@ -240,22 +234,25 @@ def read_metric(run: Run, column: str) -> float:
 
 
 def show_difference(values: dict[str, Any] | None) -> list[str]:
-  """Returns the three cells of a comparison; empty for what was not compared."""
+  """Returns the two cells of a comparison; empty for what was not compared."""
   if values is None:
-    return ["", "", ""]
-  ends = values["ends"]
+    return ["", ""]
+  both, ends = values["relative_users_and_seeds"], values["relative_interval"]
   relative = "-" if values["relative"] is None else f"{values['relative']:+.1f} %"
-  interval = "-" if ends is None else f"[{ends[0]:+.1f}, {ends[1]:+.1f}]"
-  return [f"{relative} {interval if values['covers_seeds'] or ends is None else f'*{interval}*'}", str(values["seeds"]),
-          show_metric(values["p_holm"])]
+  interval = f"[{both[0]:+.1f}, {both[1]:+.1f}]" if both else f"*[{ends[0]:+.1f}, {ends[1]:+.1f}]*" if ends else "-"
+  return [f"{relative} {interval}", show_metric(values["p_holm"])]
 
 
-def show_size(runs: Sequence[Run]) -> list[str]:
-  """Returns the cells of parameters and minutes."""
-  parameters = sorted({run.result["parameters"] for run in runs})
+def show_parameters(runs: Sequence[Run]) -> str:
+  """Returns how many parameters the runs have."""
+  return ", ".join(f"{count:,}" for count in sorted({run.result["parameters"] for run in runs}))
+
+
+def show_minutes(runs: Sequence[Run]) -> str:
+  """Returns how many minutes the runs took: mean and sample deviation."""
   minutes = [run.result["wall_time_s"] / 60 for run in runs]
   deviation = f" ± {statistics.stdev(minutes):.1f}" if len(minutes) > 1 else ""
-  return [", ".join(f"{count:,}" for count in parameters), f"{statistics.fmean(minutes):.1f}{deviation}"]
+  return f"{statistics.fmean(minutes):.1f}{deviation}"
 
 
 def show_memory(runs: Sequence[Run]) -> str:

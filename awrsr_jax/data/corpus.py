@@ -240,7 +240,7 @@ def _find_oracle(item_ids: np.ndarray, is_whole: bool,
 
 
 def fingerprint(corpus: Corpus, of_split: bool = True) -> str:
-  """Returns a hash of the histories, and of how they are split, that does not depend on how users and items are numbered.
+  """Returns a hash of the histories and their split that does not depend on how users and items are numbered.
 
   Two corpora that differ only by a renumbering of users and items have the same fingerprint; any other difference
   changes it, but for histories so symmetric that colour refinement cannot tell them apart. We define: an item's colour
@@ -330,8 +330,8 @@ def check(corpus: Corpus, data: ml_collections.ConfigDict) -> Corpus:
                      "--config.data.path to a file with more items, or lower --config.data.k_core")
   description = describe(corpus)
   if data.name in BENCHMARKS:
-    by_length = data.split.name == "leave_one_out"
-    _check_benchmark(corpus, description["fingerprint"] if by_length else fingerprint(corpus, of_split=False), data.name)
+    is_plain = data.split.name == "leave_one_out"
+    _check_benchmark(corpus, description["fingerprint"] if is_plain else fingerprint(corpus, of_split=False), data.name)
   return dataclasses.replace(corpus, description=description)
 
 

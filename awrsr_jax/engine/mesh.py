@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from awrsr_jax.data.batches import Parts
@@ -41,7 +42,7 @@ def make_mesh(mesh: Any) -> Mesh:
   """Lays the devices of all processes out as (data, model).
 
   Raises:
-    ValueError: see mesh_sizes; or a process would have no device.
+    ValueError: see mesh_sizes; or a process would have no device; or the TPU chips are no full block.
   """
   devices = jax.devices()
   data, model = mesh_sizes(mesh, len(devices))
@@ -50,8 +51,12 @@ def make_mesh(mesh: Any) -> Mesh:
     raise ValueError(f"config.mesh.data={data} x config.mesh.model={model} leaves processes {sorted(idle)} of "
                      f"{jax.process_count()} without a device; use all {len(devices)} devices (mesh.data=-1), or start "
                      "fewer processes")
-  return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2,
-                       devices=devices[:data * model])
+  try:  # jax.make_mesh splits an axis of the topology for TPU v5e alone
+    placed = mesh_utils.create_device_mesh((data, model), devices[:data * model], allow_split_physical_axes=True)
+  except AssertionError as error:
+    raise ValueError(f"config.mesh.data={data} x config.mesh.model={model}: the first {data * model} of {len(devices)} "
+                     "devices are no full block of one TPU slice; use all devices of a slice (mesh.data=-1)") from error
+  return Mesh(placed, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def check_config(data: int, model: int, config: Any) -> None:

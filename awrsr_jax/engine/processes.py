@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from jax.experimental import multihost_utils
 
 LOG = logging.getLogger(__name__)
 HEARTBEAT_TIMEOUT = 40  # seconds until a process that says nothing counts as lost
+ON_ALL = "All processes of the run raise this."  # a note of such an error
 TRY_AGAIN = 75  # exit code of a run that the same command continues (EX_TEMPFAIL of sysexits.h)
 
 
@@ -87,25 +89,35 @@ def from_first(value: Any) -> Any:
 
 
 def array_from_first(make: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """Returns the array that process 0 makes on every process; it is made there only."""
-  array = make() if is_first() else np.zeros(shape, dtype)
+  """Returns the array that process 0 makes on every process; it is made there only.
+
+  Raises:
+    ValueError: `make` does; on all processes.
+  """
+  with together():
+    array = make() if is_first() else np.zeros(shape, dtype)
   return array if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """What fails with a ValueError on one process fails on all: none is left waiting for the others."""
+  """What fails with a ValueError on one process fails on all: none is left waiting for the others.
+
+  A collective inside has to fail on all processes or on none.
+  """
   failure = None
   try:
     yield
   except ValueError as error:
     failure = error
   messages = gather("" if failure is None else str(failure))
-  if failure is not None:
-    raise failure
   for process, message in enumerate(messages):
-    if message:
-      raise ValueError(f"process {process}: {message}")
+    if message and failure is None:
+      failure = ValueError(f"process {process}: {message}")
+  if failure is not None:
+    if len(messages) > 1:
+      failure.add_note(ON_ALL)
+    raise failure
 
 
 def check_equal(what: str, content: dict[str, Any]) -> None:
@@ -115,14 +127,32 @@ def check_equal(what: str, content: dict[str, Any]) -> None:
     changed = [f"{key}: {described[0].get(key)} on process 0, {other.get(key)} on process {process}"
                for key in sorted(described[0].keys() | other.keys()) if described[0].get(key) != other.get(key)]
     if changed:
-      raise ValueError(f"the processes of this run have a different {what}: {'; '.join(changed)}. Start all of them "
-                       "with the same command and the same data")
+      error = ValueError(f"the processes of this run have a different {what}: {'; '.join(changed)}. Start all of them "
+                         "with the same command and the same data")
+      error.add_note(ON_ALL)
+      raise error
+
+
+def fails_alone(error: Exception) -> bool:
+  """Whether an error is of this process and not of the others, which wait for it.
+
+  A FloatingPointError is of all: they read the same figures.
+  """
+  agreed = isinstance(error, FloatingPointError) or ON_ALL in getattr(error, "__notes__", ())
+  return jax.distributed.is_initialized() and jax.process_count() > 1 and not agreed
 
 
 def tells_of_a_loss(error: Exception) -> bool:
-  """Whether an error is what JAX raises when another process is gone; there is no type for it."""
-  signs = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "Connection closed by peer")
-  return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
+  """Whether an error is what JAX raises when another process is gone; there is no type for it.
+
+  NCCL fails too where it was set up wrongly (another network, little shared memory), and a bucket can be UNAVAILABLE:
+  the same command would fail again.
+  """
+  text = str(error)
+  by_nccl = "NCCL" in text and "ncclCommInit" not in text and re.search("remote|connection|abort", text, re.IGNORECASE)
+  by_service = "UNAVAILABLE" in text and isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError))  # or Orbax's
+  signs = ("Gloo", "coordination service", "Connection closed by peer")
+  return jax.process_count() > 1 and bool(by_nccl or by_service or any(sign in text for sign in signs))
 
 
 @contextlib.contextmanager

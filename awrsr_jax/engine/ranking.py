@@ -19,7 +19,7 @@ from awrsr_jax.data.batches import RankingBatches
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.feed import Feed, build_rows, place_rows
 from awrsr_jax.engine.mesh import stop_flags, to_global
-from awrsr_jax.model.backbones import encode_newest
+from awrsr_jax.model.backbones import encode_newest, in_full_precision
 from awrsr_jax.model.hidden import Hidden, hide_other_rows
 
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
@@ -140,7 +140,8 @@ def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> jax.sta
       catalogue = backbone.apply({"params": params}, method="catalogue")
       ranks = rank_among_all(backbone, mesh, catalogue, hidden, batch["target"], batch["seen"], block_items)
     return ranks, jnp.max(batch["stop"])
-  return jax.jit(rank_step, static_argnames="lengths", out_shardings=NamedSharding(mesh, PartitionSpec()))
+  return jax.jit(in_full_precision(rank_step), static_argnames="lengths",
+                 out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _build_batch(feed: Feed, seen_length: int, length: int, mesh: Mesh) -> Feed:

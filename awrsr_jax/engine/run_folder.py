@@ -45,6 +45,7 @@ FREE_KEYS = {
     "model.remat",  # the same values, made twice
     "data.feed", "train.steps_per_call",  # the same batches, built elsewhere
     "eval.keep_ranks", "eval.hash_ids",  # a file more or less, with ids or without
+    "eval.batch_size", "eval.block_items",  # they change no rank
 }
 IDS = pyarrow.int64(), pyarrow.string(), pyarrow.large_string()
 NUMBERS = pyarrow.int32(), pyarrow.int64()
@@ -97,13 +98,18 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def lock_folder(folder: epath.Path, flag: str = "--workdir") -> TextIO:
+def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False) -> TextIO:
   """Makes a folder and takes it for this job, until the file returned is closed or the process ends however it ends.
 
   A bucket has no locks: there nothing is taken.
 
+  Args:
+    folder: its `.lock` is taken.
+    flag: that names it, for messages.
+    wait: until nobody else has it.
+
   Raises:
-    ValueError: the folder cannot be written, or is in use.
+    ValueError: the folder cannot be written; or, from a BlockingIOError, it is in use.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +120,7 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir") -> TextIO:
     raise ValueError(f"{flag}={folder}: {error}; install what opens such a path (gs://: gcsfs)") from error
   if not is_remote(folder):
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
       lock.close()
       raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another "

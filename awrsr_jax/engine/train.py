@@ -132,7 +132,8 @@ def train(config: Any, workdir: str | os.PathLike[str],
         LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
         return result
       with checkpoint.open_checkpoints(workdir) as manager:
-        state, record = start_or_resume(job, manager)
+        with processes.together():
+          state, record = start_or_resume(job, manager)
         state, record = run_steps(job, workdir, manager, state, record, began, compiled, told_to_stop)
         record |= {"seconds": record["seconds"] + time.monotonic() - began}
         result = conclude(job, workdir, manager, state, record, told_to_stop)
@@ -327,12 +328,13 @@ def conclude(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointM
   steps, params_sha256 = int(state.step), checkpoint.hash_arrays(state.params)
   template = meshes.template(job.mesh, state)
   jax.tree.map(lambda x: x.delete(), state)  # makes room for the best one
-  try:
-    best, _ = checkpoint.restore_step(manager, record["best_step"], template)
-  except ValueError as error:
-    raise ValueError(
-        f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be "
-        f"read: {error}. Bring that folder back, or train again in another --workdir") from error
+  with processes.together():
+    try:
+      best, _ = checkpoint.restore_step(manager, record["best_step"], template)
+    except ValueError as error:
+      raise ValueError(
+          f"the run is trained, but its best checkpoint, step {record['best_step']} in {manager.directory}, cannot be "
+          f"read: {error}. Bring that folder back, or train again in another --workdir") from error
   ranks = {split: ranking.rank_users(job.rank_step, best.params, batches, job.mesh, told_to_stop, job.items)
            for split, batches in job.ranking.items()}
   if job.config.eval.keep_ranks and processes.is_first():

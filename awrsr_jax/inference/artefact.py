@@ -44,7 +44,7 @@ from awrsr_jax.inference import standalone
 from awrsr_jax.inference.standalone import Id
 from awrsr_jax.inference.top import Top, take_top
 from awrsr_jax.inference.trained import Trained, load
-from awrsr_jax.model.backbones import encode_newest
+from awrsr_jax.model.backbones import encode_newest, in_full_precision
 from awrsr_jax.model.hidden import table_rows
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -161,7 +161,7 @@ def export_program(trained: Trained, k: int, platforms: Sequence[str]) -> jax_ex
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), name_params(trained.params))
   rows = table_rows(backbone.num_items, config.model.table_multiple)
   try:
-    return jax_export.export(jax.jit(recommend), platforms=platforms)(
+    return jax_export.export(jax.jit(in_full_precision(recommend)), platforms=platforms)(
         shapes, jax.ShapeDtypeStruct((batch, config.data.max_length), jnp.int32),
         jax.ShapeDtypeStruct((batch, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.bool_))
   except (ValueError, NotImplementedError) as error:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from awrsr_jax.model.backbones import attention_maps, encode_newest
+from awrsr_jax.model.backbones import attention_maps, encode_newest, in_full_precision
 
 CHUNK = 16  # histories scored against the whole catalogue at a time
 
@@ -45,7 +45,7 @@ def make_log_p_step(backbone: nn.Module) -> Callable:
     hidden = encode_newest(backbone, params, inputs_CxL)
     scores: Any = backbone.apply({"params": params}, hidden, method="score_all")
     return jax.nn.log_softmax(scores)[:, items_k]
-  return jax.jit(log_p)
+  return jax.jit(in_full_precision(log_p))
 
 
 def read_layers(step: Callable, params: Any, numbers_L: np.ndarray, padded: int) -> list[Layer]:

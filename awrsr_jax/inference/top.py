@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from awrsr_jax.model.backbones import encode_newest
+from awrsr_jax.model.backbones import encode_newest, in_full_precision
 from awrsr_jax.model.hidden import Hidden, hide_other_rows
 
 Top = tuple[jax.Array, jax.Array]  # (B, k) scores, largest first, and (B, k) item numbers
@@ -75,7 +75,7 @@ def make_top_step(backbone: nn.Module, mesh: Mesh, k: int, block_items: int) -> 
   def top_step(params: Any, inputs_BxL: jax.Array, excluded_BxS: jax.Array, allowed_V: jax.Array) -> Top:
     hidden = encode_newest(backbone, params, inputs_BxL)
     return top_among_all(backbone, mesh, backbone.score_rows, params, hidden, excluded_BxS, allowed_V, k, block_items)
-  return jax.jit(top_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  return jax.jit(in_full_precision(top_step), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def make_similar_step(backbone: nn.Module, mesh: Mesh, k: int, block_items: int) -> Callable[..., Top]:
@@ -83,7 +83,7 @@ def make_similar_step(backbone: nn.Module, mesh: Mesh, k: int, block_items: int)
   def similar_step(params: Any, item_B: jax.Array, excluded_BxS: jax.Array, allowed_V: jax.Array) -> Top:
     hidden: Any = backbone.apply({"params": params}, item_B, method="items")
     return top_among_all(backbone, mesh, backbone.compare_rows, params, hidden, excluded_BxS, allowed_V, k, block_items)
-  return jax.jit(similar_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  return jax.jit(in_full_precision(similar_step), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def top_among_all(backbone: nn.Module, mesh: Mesh, score_rows: Callable[[Hidden, Any], jax.Array], params: Any,

@@ -265,11 +265,10 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, model_devices
       devices do not fit.
   """
   folder = epath.Path(workdir)
-  if not (folder / "config.json").exists():
-    raise ValueError(f"{workdir} is no run folder: it has no config.json; give the --workdir of a run of python -m "
-                     "awrsr_jax.main")
   if not (folder / "checkpoints").exists():
-    raise ValueError(f"{workdir} has no checkpoint yet; wait for the run's first one")
+    raise ValueError(f"{workdir} has no checkpoint yet; wait for the run's first one" if
+                     (folder / "config.json").exists() else f"{workdir} is no run folder: it has neither checkpoints "
+                     "nor config.json; give the --workdir of a run of python -m awrsr_jax.main")
   with _quiet(), checkpoint.open_checkpoints(workdir, read_only=True) as manager:
     steps = sorted(manager.all_steps())
     if not steps:

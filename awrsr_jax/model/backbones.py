@@ -8,7 +8,8 @@ The contract, which is all that the rest of the package knows of a backbone:
 Shapes: B batch, L length, D width, H heads.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,20 @@ def build_backbone(config: Any, num_items: int) -> nn.Module:
   if config.model.attention.implementation == "fused":  # what it cannot do is raised here, before anything is written
     jax.eval_shape(lambda: backbone.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
   return backbone
+
+
+def in_full_precision(function: Callable) -> Callable:
+  """Returns a function to be traced whose products of float32 are float32 on every device.
+
+  What is not said, JAX leaves to the device: GPUs multiply in TF32 and TPUs in bfloat16, both fast and good enough to
+  train by, while ranks of close scores would differ from device to device.
+  """
+  @functools.wraps(function)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    with jax.default_matmul_precision("highest"):
+      return function(*args, **kwargs)
+
+  return wrapped
 
 
 def encode_newest(backbone: nn.Module, params: Any, inputs_BxL: jax.Array) -> Hidden:

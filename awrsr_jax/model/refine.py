@@ -36,6 +36,15 @@ ROLES: dict[str | None, tuple[str, ...]] = {
     "dot": ("query", "key"), "wasserstein": ("query_mean", "query_cov", "key_mean", "key_cov")}
 
 
+def shift_rows(x: jax.Array) -> jax.Array:
+  """Returns (..., b, K + b - 1): the last of the rows of x (..., b, K) in front, each before it one column further."""
+  rows, keys = x.shape[-2:]
+  width = rows + keys - 1
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(rows - 1, 0)]).reshape(*x.shape[:-2], rows * width)
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rows)])  # read with one more column, row i moves left by i
+  return x.reshape(*x.shape[:-1], rows, width + 1)[..., :-1]
+
+
 class Refinement(nn.Module):
   """First-order scores -> refined attention; `combine=None` is plain attention.
 
@@ -133,7 +142,7 @@ class Refinement(nn.Module):
     self.sow("intermediates", "first_order", weights)
     for order, tables in enumerate(self.tables):
       sink = self._sink(order + 1)
-      features = self._sum_slots(weights.swapaxes(0, 1), tables, jnp.arange(length))
+      features = self._sum_slots(weights.swapaxes(0, 1), tables, 0)
       correlation = self._correlate(*(x_HxBxLxr.swapaxes(0, 1) for x_HxBxLxr in features))
       if not self._mixes:
         scores = scores + correlation if self.combine == "additive" else correlation
@@ -182,29 +191,31 @@ class Refinement(nn.Module):
 
     def sum_tables(weights: jax.Array, rows: jax.Array, orders: slice) -> list[list[jax.Array]]:
       tables = [table for of_order in self.tables[orders] for table in of_order]
-      sums = self._sum_slots(weights, tables, rows, length) if tables else []
+      sums = self._sum_slots(weights, tables, rows[0], length) if tables else []
       roles = len(self.tables[0])
       return [sums[first:first + roles] for first in range(0, len(sums), roles)]
 
-    read = functools.partial(attend_in_blocks, real_BxL=real_BxL,
-                             precision="highest" if self.correlation == "wasserstein" else precision)
+    read = functools.partial(attend_in_blocks, real_BxL=real_BxL)
+    again = "highest" if self.correlation == "wasserstein" else None  # precision of S'
     sinks = [None if (sink := self._sink(order)) is None else sink.swapaxes(0, 1)
              for order in range(len(self.tables) + 1)]
     q, k = q_HxBxLxE, k_HxBxLxE
     if not self._mixes:
       for order in range(len(self.tables)):
-        features, = read(q, k, sink=sinks[order],
+        features, = read(q, k, sink=sinks[order], precision=precision,
                          read=lambda weights, rows: sum_tables(weights, rows, slice(order, order + 1)))  # noqa: B023
         query, key = self._as_dot(*features)
-        q, k = ((jnp.concatenate(pair, axis=-1) for pair in ((q, query), (k, key)))
-                if self.combine == "additive" else (query, key))
-      return read(last(q), k, sink=sinks[-1], read=sum_values)
+        if self.combine == "additive":
+          q, k, precision = jnp.concatenate([q, query], axis=-1), jnp.concatenate([k, key], axis=-1), again or precision
+        else:
+          q, k, precision = query, key, again
+      return read(last(q), k, sink=sinks[-1], precision=precision, read=sum_values)
 
     # A [V, W]: values as they reach the output, with what is dropped, and the tables of all orders, side by side.
     def sum_first(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:
       return {"values": sum_by(dropped(weights, rows, 0), values[0]), "tables": sum_tables(weights, rows, slice(None))}
 
-    sums = read(q, k, sink=sinks[0], read=sum_first)
+    sums = read(q, k, sink=sinks[0], precision=precision, read=sum_first)
     for order in range(len(self.tables)):
       (features, *tables), is_last = sums["tables"], order + 1 == len(self.tables)
       query, key = self._as_dot(*features)
@@ -219,7 +230,8 @@ class Refinement(nn.Module):
                 "tables": sum_tables(weights, rows, slice(order + 1, None))}  # noqa: B023
 
       cut = last if is_last else lambda x: x
-      sums = read(cut(query), key, sink=sinks[order + 1], read=mix_value if self.combine == "value" else mix_additive)
+      sums = read(cut(query), key, sink=sinks[order + 1], precision=again,
+                  read=mix_value if self.combine == "value" else mix_additive)
       if self._is_gated:
         gate = nn.sigmoid(self.gates[order]).swapaxes(0, 1)
         sums = jax.tree.map(lambda old, new: ((1 - gate) * cut(old) + gate * new).astype(old.dtype), before, sums)  # noqa: B023
@@ -245,23 +257,23 @@ class Refinement(nn.Module):
       query, key = wasserstein_as_dot(mean_q, covariance(cov_q), mean_k, covariance(cov_k))
     return query * self.rank ** -0.5, key
 
-  def _sum_slots(self, weights_HxBxbxK: jax.Array, tables: Sequence[jax.Array], rows_b: jax.Array,
+  def _sum_slots(self, weights_HxBxbxK: jax.Array, tables: Sequence[jax.Array], row: int | jax.Array,
                  length: int | None = None) -> list[jax.Array]:
-    """Returns A W for each slot table, (H, B, b, r): the features of the rows with these numbers.
+    """Returns A W for each slot table, (H, B, b, r): the features of b rows, one after another from `row` on.
 
     The batch has this length, K unless it is given; keys beyond the first K have no weight.
     """
-    keys = weights_HxBxbxK.shape[-1]
-    first = self.max_length - (length or keys)
-    side_by_side = jnp.concatenate(tables, axis=-1)
-    side_by_side = jnp.broadcast_to(side_by_side, (self.heads, *side_by_side.shape[1:]))
+    rows, keys = weights_HxBxbxK.shape[-2:]
+    table = jnp.concatenate(tables, axis=-1)
+    table = jnp.broadcast_to(table, (self.heads, *table.shape[1:]))
     if self.slots == "end":
-      sums = jnp.einsum("hbij,hjr->hbir", weights_HxBxbxK, side_by_side[:, first:first + keys])
-    else:
-      lags_bxK = rows_b[:, None] - jnp.arange(keys)[None]  # below 0 there is no weight
-      sums = jnp.einsum("hbij,hijr->hbir", weights_HxBxbxK,
-                        side_by_side[:, self.max_length - 1 - jnp.maximum(lags_bxK, 0)])
-    return jnp.split(sums, len(tables), axis=-1)
+      first = self.max_length - (length or keys)
+      weights, table = weights_HxBxbxK, table[:, first:first + keys]
+    else:  # shifted so that a column holds one lag in every row; lags below 0 and above n - 1 have no weight
+      weights = shift_rows(weights_HxBxbxK)
+      table = jnp.pad(table, [(0, 0), (rows, keys), (0, 0)])
+      table = jax.lax.dynamic_slice_in_dim(table, self.max_length - row, rows + keys - 1, axis=1)
+    return jnp.split(jnp.einsum("hbij,hjr->hbir", weights, table), len(tables), axis=-1)
 
   def _project(self, weights: jax.Array, mask: jax.Array, order: int) -> jax.Array:
     """Returns A Wv within the mask, or A where there is no value projection."""
