@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from awrsr_jax.engine import checkpoint
 from awrsr_jax.engine import mesh as meshes
@@ -319,6 +321,19 @@ def test_the_step_can_be_saved_again_by_the_manager_that_found_the_damage(workdi
     save(manager, 6)
     assert sorted(manager.all_steps()) == [3, 6]
   assert restore(workdir)[1]["step"] == 6
+
+
+def test_a_damaged_checkpoint_is_moved_aside_in_a_bucket(bucket):
+  folder = epath.Path("gs://bucket/run/checkpoints")
+  manager = types.SimpleNamespace(directory=folder, reload=lambda: None)
+  for name in ("6", "6.1"):
+    for part in ("record/metadata", "state/d/0a"):
+      (folder / "6" / part).write_text(part)
+    checkpoint.set_aside(manager, 6)
+    assert not (folder / "6").exists()
+    aside = checkpoint.damaged_folder(manager) / name
+    assert [(aside / part).read_text() for part in ("record/metadata", "state/d/0a")] == [
+        "record/metadata", "state/d/0a"]
 
 
 def test_when_all_are_damaged_the_run_says_so_and_deletes_nothing(workdir):

@@ -266,6 +266,8 @@ def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
   if processes.is_first():
     folder = damaged_folder(manager)
     folder.mkdir(exist_ok=True)
+    if is_remote(folder):  # a bucket has a folder only where an object is, and a rename wants one
+      (folder / "README").write_text("Checkpoints that were damaged, moved out of the way of the run.\n")
     target, copies = folder / str(step), 0
     while target.exists():
       copies += 1
