@@ -227,26 +227,13 @@ def change_record(folder):
   record_file(folder).write_text(json.dumps(content))
 
 
-def change_checksum(folder):
-  """A record that is good in itself, but of other arrays."""
-  content = json.loads(record_file(folder).read_text())
-  content["content"]["checksums"]["params/out/bias"] += 1
-  content["sha256"] = checkpoint.hash_json(content["content"])
-  record_file(folder).write_text(json.dumps(content))
-
-
-def drop_checksum(folder):
-  content = json.loads(record_file(folder).read_text())
-  del content["content"]["checksums"]["params/out/bias"]
-  content["sha256"] = checkpoint.hash_json(content["content"])
-  record_file(folder).write_text(json.dumps(content))
-
-
-def change_schema(folder):
-  content = json.loads(record_file(folder).read_text())
-  content["content"]["schema"] += 1
-  content["sha256"] = checkpoint.hash_json(content["content"])
-  record_file(folder).write_text(json.dumps(content))
+def edit_record(change):
+  """Returns a function that changes the record of a checkpoint, so that it is good in itself."""
+  def edit(folder):
+    content = json.loads(record_file(folder).read_text())["content"]
+    change(content)
+    record_file(folder).write_text(json.dumps({"content": content, "sha256": checkpoint.hash_json(content)}))
+  return edit
 
 
 def drop_content(folder):
@@ -260,9 +247,9 @@ def delete_item(name):
 
 DAMAGES = {
     "flip_early": flip(0.2), "flip_middle": flip(0.5), "flip_late": flip(0.8), "truncate": truncate, "delete": delete,
-    "garbage_record": write_garbage, "changed_record": change_record, "changed_checksum": change_checksum,
-    "dropped_checksum": drop_checksum, "no_content": drop_content,
-    "no_state": delete_item("state"), "no_record": delete_item("record"),
+    "garbage_record": write_garbage, "changed_record": change_record,
+    "changed_checksum": edit_record(lambda record: record["checksums"].update({"params/out/bias": 1})),
+    "no_content": drop_content, "no_state": delete_item("state"), "no_record": delete_item("record"),
 }
 
 
@@ -277,9 +264,16 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_used(wo
   assert os.listdir(workdir / "checkpoints_damaged") == ["6"]
 
 
-def test_a_checkpoint_of_another_schema_is_refused_and_stays_where_it_is(workdir):
-  change_schema(workdir / "checkpoints" / "6")
-  with pytest.raises(ValueError, match="checkpoint 6 of .* is of another version of this package: its schema is 3, .*"
+@pytest.mark.parametrize("change,message", [
+    (lambda record: record.update(schema=3), "its schema is 3"),
+    (lambda record: record.update(law=1), "it was trained under law 1"),
+    (lambda record: record.pop("law"), "it was trained under law 1"),
+    (lambda record: record["checksums"].pop("window/loss"), "its state or this version's lacks window/loss "),
+    (lambda record: record["checksums"].update({"opt_state/1/count": 7}), ".* lacks opt_state/1/count "),
+])
+def test_a_checkpoint_of_another_version_is_refused_and_stays_where_it_is(workdir, change, message):
+  edit_record(change)(workdir / "checkpoints" / "6")
+  with pytest.raises(ValueError, match=f"checkpoint 6 of .* is of another version of this package: {message}.*"
                                        "Finish the run with the version that began it"):
     restore(workdir)
   assert sorted(os.listdir(workdir / "checkpoints")) == ["3", "6"] and not (workdir / "checkpoints_damaged").exists()
@@ -288,7 +282,7 @@ def test_a_checkpoint_of_another_schema_is_refused_and_stays_where_it_is(workdir
 def test_a_flipped_bit_that_is_read_without_complaint_is_found_by_the_checksum_of_its_array(tmp_path, caplog):
   with checkpoint.open_checkpoints(tmp_path) as manager:
     state, record = make_state(5), {"step": 5}
-    record |= {"schema": checkpoint.SCHEMA, "checksums": checkpoint.name_checksums(state)}
+    record |= {"schema": checkpoint.SCHEMA, "law": checkpoint.LAW, "checksums": checkpoint.name_checksums(state)}
     bias = np.array(state.params["out"]["bias"])
     bias.view(np.uint32)[3] ^= 1  # the lowest bit of one number
     state = dataclasses.replace(state, params=state.params | {"out": state.params["out"] | {"bias": bias}})

@@ -32,7 +32,8 @@ from awrsr_jax.engine.state import TrainState
 from awrsr_jax.foreign import check_kinds, parse_json
 
 LOG = logging.getLogger(__name__)
-SCHEMA = 2
+SCHEMA = 2  # of a bundle
+LAW = 2  # of batches and dropout, what a step does with seed and config; 1: batches of one length each
 KINDS = {"step": int, "best_step": int, "checksums": {...: int}, "ids_sha256": str, "config": dict,
          "corpus": {"items": int}}  # of a record
 KEPT_LATEST = 2
@@ -114,7 +115,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
     ids: from encode_items.
   """
   step, manager.kept.best_step = record["step"], record["best_step"]
-  record = record | {"schema": SCHEMA, "checksums": name_checksums(state), "ids_sha256": hash_arrays(ids)}
+  record = record | {"schema": SCHEMA, "law": LAW, "checksums": name_checksums(state), "ids_sha256": hash_arrays(ids)}
   manager.save(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), ids=ocp.args.StandardSave(ids),
@@ -159,6 +160,7 @@ def restore_step(manager: ocp.CheckpointManager, step: int, template: TrainState
   """
   with processes.together():
     record = read_record(manager, step)
+    check_version(record, template)
   with processes.together(), reading():
     state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
   check_arrays(state, record["checksums"])
@@ -187,6 +189,17 @@ def restore_params(manager: ocp.CheckpointManager, step: int, template: Any, rec
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)))["state"]
   check_arrays(state, {name: value for name, value in record["checksums"].items() if name.startswith("params/")})
   return state["params"]
+
+
+def check_version(record: dict[str, Any], template: TrainState) -> None:
+  """Raises AnotherSchema when a run with states like the template cannot go on where that of the record was."""
+  law, names = record.get("law", 1), sorted(record["checksums"].keys() ^ name_arrays(template).keys())
+  if law != LAW:
+    raise AnotherSchema(f"it was trained under law {law} of batches and dropout, and this version has law {LAW}, so "
+                         "that going on would end as neither run; its model can still be used")
+  if names:
+    raise AnotherSchema(f"its state or this version's lacks {', '.join(names[:3])}{', ...' if names[3:] else ''} "
+                         "(optax or flax may have been another one)")
 
 
 def check_arrays(tree: Any, checksums: dict[str, int]) -> None:
