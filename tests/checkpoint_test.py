@@ -144,16 +144,41 @@ def test_reading_leaves_an_unfinished_save_alone(workdir):
   assert unfinished.exists()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(),
-                                   RuntimeError("RESOURCE_EXHAUSTED: out of memory")])
-def test_an_error_of_the_machine_moves_nothing_aside(workdir, monkeypatch, error):
-  def fail(*_):
-    raise error
-  monkeypatch.setattr(checkpoint, "restore_step", fail)
+def wrapped(error):
+  """An error of TensorStore as Orbax raises it for an array."""
+  found = Exception("Encountered error while reading array index: (slice(0, 96, 1),). See full details:\n{}")
+  found.__cause__ = error
+  return found
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"), MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ValueError('PERMISSION_DENIED: Error reading local file "d/0a": Permission denied [tensorstore_spec=\'{}\'] '
+               "[os_error_code='13']"),
+    wrapped(ValueError("UNKNOWN: Error reading local file \"d/0a\": Input/output error [os_error_code='5']")),
+    wrapped(ValueError('ABORTED: Error reading "step/0" in OCDBT database: All 1 retry attempts failed')),
+    type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("Service Unavailable, 503"),
+])
+def test_an_error_of_the_machine_is_one_line_and_moves_nothing_aside(workdir, monkeypatch, error):
   with checkpoint.open_checkpoints(workdir) as manager:
-    with pytest.raises(type(error)):
+    genuine = manager.restore
+
+    def fail(step, args):
+      if "state" in args:
+        raise error
+      return genuine(step, args=args)
+    monkeypatch.setattr(manager, "restore", fail)
+    with pytest.raises(checkpoint.Unreachable, match=r"^checkpoints cannot be read now \(\w+: .*\); once they can, "
+                                                     r"start the same command again$") as found:
       checkpoint.restore_newest(manager, template_of(make_state(6)))
+    assert "spec" not in str(found.value)
     assert sorted(manager.all_steps()) == [3, 6] and not checkpoint.damaged_folder(manager).exists()
+
+
+def test_a_process_that_is_gone_is_no_error_of_the_machine(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(jax.errors.JaxRuntimeError), checkpoint.reading():
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer")
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):

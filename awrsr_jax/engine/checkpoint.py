@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,10 +38,18 @@ LAW = 2  # of batches and dropout, what a step does with seed and config; 1: bat
 KINDS = {"step": int, "best_step": int, "checksums": {...: int}, "ids_sha256": str, "config": dict,
          "corpus": {"items": int}}  # of a record
 KEPT_LATEST = 2
+# What tells of the machine and not of a file: errors of the system, of TensorStore, and of what reads a bucket.
+MACHINE = {errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM}
+STATUSES = "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED"
+CLIENTS = "gcsfs.", "aiohttp.", "google.auth.", "requests."
 
 
 class AnotherSchema(ValueError):
   """A checkpoint of another version of this package: not damaged, but not to be read here."""
+
+
+class Unreachable(Exception):
+  """A checkpoint cannot be read now, by the machine (memory, disk, network, rights); it may be good."""
 
 
 class NewestAndBest(preservation_policy.PreservationPolicy):
@@ -135,6 +144,7 @@ def restore_newest(manager: ocp.CheckpointManager, template: TrainState) -> tupl
 
   Raises:
     ValueError: there are checkpoints, but none is good, or the newest is of another version of this package.
+    Unreachable: nothing was moved; also of the functions below that read.
   """
   steps = sorted(manager.all_steps(), reverse=True)
   for step in steps:
@@ -238,13 +248,24 @@ def check_record(stored: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-  """Turns what Orbax raises for damaged files, bare Exceptions, into ValueError; not what tells of the machine."""
+  """Turns what Orbax raises into ValueError for damaged files, and into Unreachable where the machine fails."""
   try:
     yield
   except Exception as error:
-    if is_of_machine(error):
+    if processes.tells_of_a_loss(error):
       raise
-    raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    cause: BaseException | None = error
+    while cause and not is_of_machine(cause):
+      cause = cause.__cause__  # Orbax wraps what TensorStore raises
+    if cause:
+      raise Unreachable(f"checkpoints cannot be read now ({in_short(cause)}); once they can, start the same command "
+                        "again") from error
+    raise ValueError(in_short(error)) from error
+
+
+def in_short(error: BaseException) -> str:
+  """Returns the first line of an error, without the spec that TensorStore adds."""
+  return f"{type(error).__name__}: {error}".splitlines()[0].partition(" [tensorstore_spec")[0]
 
 
 def restore_ids(manager: ocp.CheckpointManager, step: int, record: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
@@ -262,11 +283,13 @@ def restore_ids(manager: ocp.CheckpointManager, step: int, record: dict[str, Any
     return np.array(items, np.int64 if record.get("ids_are_numbers") else object), titles
 
 
-def is_of_machine(error: Exception) -> bool:
-  """Whether an error tells of the machine (memory, disk, network) and not of the file that was read."""
-  machine = (errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM)
-  is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-  return is_full or getattr(error, "errno", None) in machine
+def is_of_machine(error: BaseException) -> bool:
+  """Whether an error tells of the machine (memory, disk, network, rights) and not of the file that was read."""
+  text = str(error)
+  numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os_error_code\S*='(\d+)'", text))}  # by TensorStore
+  is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text
+  is_told = text.startswith(STATUSES) or type(error).__module__.startswith(CLIENTS)
+  return is_full or is_told or not numbers.isdisjoint(MACHINE)
 
 
 def damaged_folder(manager: ocp.CheckpointManager) -> epath.Path:

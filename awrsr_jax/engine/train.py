@@ -119,6 +119,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
     ValueError: anything wrong with config, data, devices or workdir; before the first compilation.
     FloatingPointError: the loss or the gradient stopped being finite; the last good checkpoint stays.
     run_folder.DiskFull: no space is left; the same call goes on from the newest checkpoint once there is.
+    checkpoint.Unreachable: the machine cannot read a checkpoint; the same call goes on once it can.
     processes.Preempted: told_to_stop; the same call goes on from the step that it was at.
     processes.ProcessLost: another process is gone; the same call goes on from the newest checkpoint.
   """
