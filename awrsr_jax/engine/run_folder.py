@@ -69,6 +69,22 @@ def noticing_full_disk(workdir: str | os.PathLike[str]) -> Iterator[None]:
     raise
 
 
+@contextlib.contextmanager
+def noticing_no_bucket(workdir: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns what gcsfs raises, also with types of its own, for a bucket that cannot be written, into ValueError."""
+  try:
+    yield
+  except ImportError as error:
+    raise ValueError(f"--workdir={workdir}: {error}; install what opens such a path (gs://: gcsfs)") from error
+  except Exception as error:
+    if isinstance(error, ValueError) or not is_remote(workdir):
+      raise
+    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    raise ValueError(f"--workdir={workdir} cannot be written: {reason}. Check the name of the bucket; the service "
+                     "account of the machines needs its roles Storage Object Admin and Storage Legacy Bucket "
+                     "Reader") from error
+
+
 def is_remote(path: str | os.PathLike[str]) -> bool:
   """Whether a path is a URL of a bucket."""
   return "://" in str(path)
@@ -101,7 +117,7 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
 def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False) -> TextIO:
   """Makes a folder and takes it for this job, until the file returned is closed or the process ends however it ends.
 
-  A bucket has no locks: there nothing is taken.
+  A bucket has no locks: there nothing is made or taken.
 
   Args:
     folder: its `.lock` is taken.
@@ -111,20 +127,18 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False)
   Raises:
     ValueError: the folder cannot be written; or, from a BlockingIOError, it is in use.
   """
+  if is_remote(folder):
+    return io.StringIO()
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = io.StringIO() if is_remote(folder) else (folder / ".lock").open("a")
+    lock = (folder / ".lock").open("a")
   except OSError as error:
     raise ValueError(f"{flag}={folder} cannot be written: {error.strerror}; choose another folder") from error
-  except ImportError as error:
-    raise ValueError(f"{flag}={folder}: {error}; install what opens such a path (gs://: gcsfs)") from error
-  if not is_remote(folder):
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-      lock.close()
-      raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another "
-                       "folder") from error
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError as error:
+    lock.close()
+    raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another folder") from error
   return lock
 
 
@@ -146,12 +160,13 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
   lock = lock_folder(folder)
   try:
     values = json.loads(json.dumps(dict(walk(config))))
-    saved = (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir())
-    for name, check, now in (("config.json", check_same_config, values), ("corpus.json", check_same_corpus, corpus)):
-      if saved or (folder / name).exists():
-        check(workdir, read_json(folder / name), now)
-    write_json(folder / "config.json", nest(values))
-    write_json(folder / "corpus.json", corpus)
+    with noticing_no_bucket(workdir):
+      saved = (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir())
+      for name, check, now in (("config.json", check_same_config, values), ("corpus.json", check_same_corpus, corpus)):
+        if saved or (folder / name).exists():
+          check(workdir, read_json(folder / name), now)
+      write_json(folder / "config.json", nest(values))
+      write_json(folder / "corpus.json", corpus)
   except BaseException:
     lock.close()  # who caught the error may still hold it, and with it this frame
     raise

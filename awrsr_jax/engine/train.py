@@ -155,7 +155,7 @@ def open_run(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
     with processes.together():
       if processes.is_first():
         held.enter_context(run_folder.open_run(workdir, job.config, data_corpus.describe(job.corpus)))
-    with processes.together():
+    with processes.together(), run_folder.noticing_no_bucket(workdir):
       if not (epath.Path(workdir) / "corpus.json").exists():
         raise ValueError(f"--workdir={workdir} of process 0 is not seen here; all processes need the same folder, on a "
                          "shared file system or gs://")
