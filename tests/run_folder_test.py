@@ -1,6 +1,7 @@
 """The run folder: files whole or not at all, one owner, one config and corpus, and lines that others can read."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -208,6 +209,27 @@ def test_another_process_owns_the_folder_until_it_ends_however_it_ends(tmp_path)
     child.wait()
     child.stdout.close()
   open_and_close(tmp_path, {})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, number):
+  def fail(*_):
+    raise OSError(number, os.strerror(number))
+  monkeypatch.setattr(fcntl, "flock", fail)
+  open_and_close(tmp_path)
+  assert caplog.text.count(f"--workdir={tmp_path}: this file system has no locks: see that no other run uses") == 1
+  assert read(tmp_path / "corpus.json") == CORPUS
+
+
+def test_a_lock_that_fails_is_an_error_with_its_reason(tmp_path, monkeypatch):
+  def fail(file, _):
+    locks.append(file)
+    raise OSError(errno.EIO, "Input/output error")
+  locks = []
+  monkeypatch.setattr(fcntl, "flock", fail)
+  with pytest.raises(ValueError, match=rf"--workdir={tmp_path} cannot be locked: Input/output error; choose another"):
+    open_and_close(tmp_path)
+  assert locks[0].closed
 
 
 @pytest.mark.parametrize("below", ["run", "deep/run"])

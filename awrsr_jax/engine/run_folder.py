@@ -47,6 +47,7 @@ FREE_KEYS = {
     "eval.keep_ranks", "eval.hash_ids",  # a file more or less, with ids or without
     "eval.batch_size", "eval.block_items",  # they change no rank
 }
+NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK  # Lustre without -o flock, NFS without lockd
 IDS = pyarrow.int64(), pyarrow.string(), pyarrow.large_string()
 NUMBERS = pyarrow.int32(), pyarrow.int64()
 KINDS_OF_RANKS = {"user": IDS, "item": IDS, "rank": (pyarrow.float32(), pyarrow.float64()), "history": NUMBERS,
@@ -117,7 +118,7 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
 def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False) -> TextIO:
   """Makes a folder and takes it for this job, until the file returned is closed or the process ends however it ends.
 
-  A bucket has no locks: there nothing is made or taken.
+  A bucket has no locks: there nothing is made or taken. Some file systems have none either: there it is only made.
 
   Args:
     folder: its `.lock` is taken.
@@ -125,7 +126,7 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False)
     wait: until nobody else has it.
 
   Raises:
-    ValueError: the folder cannot be written; or, from a BlockingIOError, it is in use.
+    ValueError: the folder cannot be written or locked; or, from a BlockingIOError, it is in use.
   """
   if is_remote(folder):
     return io.StringIO()
@@ -139,6 +140,11 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False)
   except BlockingIOError as error:
     lock.close()
     raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another folder") from error
+  except OSError as error:
+    if error.errno not in NO_LOCKS:
+      lock.close()
+      raise ValueError(f"{flag}={folder} cannot be locked: {error.strerror}; choose another folder") from error
+    LOG.warning("%s=%s: this file system has no locks: see that no other run uses the folder", flag, folder)
   return lock
 
 
