@@ -21,7 +21,7 @@ from awrsr_jax.command import in_one_line, keep_compiled, parse_flags, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared
 from awrsr_jax.data.batches import training_batches
-from awrsr_jax.engine import feed, memory, processes, run_folder
+from awrsr_jax.engine import checkpoint, feed, memory, processes, run_folder
 from awrsr_jax.engine.mesh import check_config, make_mesh
 from awrsr_jax.engine.train import train
 
@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"another process of this run is gone ({error}). Start all of them again: the same command goes on from the "
           "newest checkpoint", file=sys.stderr, flush=True)
     os._exit(processes.TRY_AGAIN)  # a regular exit would wait for the process that is gone
-  except run_folder.DiskFull as error:
-    sys.stderr.write(f"DiskFull: {error}\n")  # at once: threads of Orbax may be telling of it too
+  except (run_folder.DiskFull, checkpoint.Unreachable) as error:
+    sys.stderr.write(f"{type(error).__name__}: {error}\n")  # at once: threads of Orbax may be telling of it too
     sys.stderr.flush()
     os._exit(1)  # a regular exit would write what is still open, and fail again
   except (ValueError, FloatingPointError) as error:

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from awrsr_jax.engine import checkpoint
 from awrsr_jax.engine import mesh as meshes
@@ -142,16 +144,41 @@ def test_reading_leaves_an_unfinished_save_alone(workdir):
   assert unfinished.exists()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(),
-                                   RuntimeError("RESOURCE_EXHAUSTED: out of memory")])
-def test_an_error_of_the_machine_moves_nothing_aside(workdir, monkeypatch, error):
-  def fail(*_):
-    raise error
-  monkeypatch.setattr(checkpoint, "restore_step", fail)
+def wrapped(error):
+  """An error of TensorStore as Orbax raises it for an array."""
+  found = Exception("Encountered error while reading array index: (slice(0, 96, 1),). See full details:\n{}")
+  found.__cause__ = error
+  return found
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"), MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ValueError('PERMISSION_DENIED: Error reading local file "d/0a": Permission denied [tensorstore_spec=\'{}\'] '
+               "[os_error_code='13']"),
+    wrapped(ValueError("UNKNOWN: Error reading local file \"d/0a\": Input/output error [os_error_code='5']")),
+    wrapped(ValueError('ABORTED: Error reading "step/0" in OCDBT database: All 1 retry attempts failed')),
+    type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("Service Unavailable, 503"),
+])
+def test_an_error_of_the_machine_is_one_line_and_moves_nothing_aside(workdir, monkeypatch, error):
   with checkpoint.open_checkpoints(workdir) as manager:
-    with pytest.raises(type(error)):
+    genuine = manager.restore
+
+    def fail(step, args):
+      if "state" in args:
+        raise error
+      return genuine(step, args=args)
+    monkeypatch.setattr(manager, "restore", fail)
+    with pytest.raises(checkpoint.Unreachable, match=r"^checkpoints cannot be read now \(\w+: .*\); once they can, "
+                                                     r"start the same command again$") as found:
       checkpoint.restore_newest(manager, template_of(make_state(6)))
+    assert "spec" not in str(found.value)
     assert sorted(manager.all_steps()) == [3, 6] and not checkpoint.damaged_folder(manager).exists()
+
+
+def test_a_process_that_is_gone_is_no_error_of_the_machine(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(jax.errors.JaxRuntimeError), checkpoint.reading():
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer")
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
@@ -225,26 +252,13 @@ def change_record(folder):
   record_file(folder).write_text(json.dumps(content))
 
 
-def change_checksum(folder):
-  """A record that is good in itself, but of other arrays."""
-  content = json.loads(record_file(folder).read_text())
-  content["content"]["checksums"]["params/out/bias"] += 1
-  content["sha256"] = checkpoint.hash_json(content["content"])
-  record_file(folder).write_text(json.dumps(content))
-
-
-def drop_checksum(folder):
-  content = json.loads(record_file(folder).read_text())
-  del content["content"]["checksums"]["params/out/bias"]
-  content["sha256"] = checkpoint.hash_json(content["content"])
-  record_file(folder).write_text(json.dumps(content))
-
-
-def change_schema(folder):
-  content = json.loads(record_file(folder).read_text())
-  content["content"]["schema"] += 1
-  content["sha256"] = checkpoint.hash_json(content["content"])
-  record_file(folder).write_text(json.dumps(content))
+def edit_record(change):
+  """Returns a function that changes the record of a checkpoint, so that it is good in itself."""
+  def edit(folder):
+    content = json.loads(record_file(folder).read_text())["content"]
+    change(content)
+    record_file(folder).write_text(json.dumps({"content": content, "sha256": checkpoint.hash_json(content)}))
+  return edit
 
 
 def drop_content(folder):
@@ -258,9 +272,9 @@ def delete_item(name):
 
 DAMAGES = {
     "flip_early": flip(0.2), "flip_middle": flip(0.5), "flip_late": flip(0.8), "truncate": truncate, "delete": delete,
-    "garbage_record": write_garbage, "changed_record": change_record, "changed_checksum": change_checksum,
-    "dropped_checksum": drop_checksum, "no_content": drop_content,
-    "no_state": delete_item("state"), "no_record": delete_item("record"),
+    "garbage_record": write_garbage, "changed_record": change_record,
+    "changed_checksum": edit_record(lambda record: record["checksums"].update({"params/out/bias": 1})),
+    "no_content": drop_content, "no_state": delete_item("state"), "no_record": delete_item("record"),
 }
 
 
@@ -275,9 +289,16 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_used(wo
   assert os.listdir(workdir / "checkpoints_damaged") == ["6"]
 
 
-def test_a_checkpoint_of_another_schema_is_refused_and_stays_where_it_is(workdir):
-  change_schema(workdir / "checkpoints" / "6")
-  with pytest.raises(ValueError, match="checkpoint 6 of .* is of another version of this package: its schema is 3, .*"
+@pytest.mark.parametrize("change,message", [
+    (lambda record: record.update(schema=3), "its schema is 3"),
+    (lambda record: record.update(law=1), "it was trained under law 1"),
+    (lambda record: record.pop("law"), "it was trained under law 1"),
+    (lambda record: record["checksums"].pop("window/loss"), "its state or this version's lacks window/loss "),
+    (lambda record: record["checksums"].update({"opt_state/1/count": 7}), ".* lacks opt_state/1/count "),
+])
+def test_a_checkpoint_of_another_version_is_refused_and_stays_where_it_is(workdir, change, message):
+  edit_record(change)(workdir / "checkpoints" / "6")
+  with pytest.raises(ValueError, match=f"checkpoint 6 of .* is of another version of this package: {message}.*"
                                        "Finish the run with the version that began it"):
     restore(workdir)
   assert sorted(os.listdir(workdir / "checkpoints")) == ["3", "6"] and not (workdir / "checkpoints_damaged").exists()
@@ -286,7 +307,7 @@ def test_a_checkpoint_of_another_schema_is_refused_and_stays_where_it_is(workdir
 def test_a_flipped_bit_that_is_read_without_complaint_is_found_by_the_checksum_of_its_array(tmp_path, caplog):
   with checkpoint.open_checkpoints(tmp_path) as manager:
     state, record = make_state(5), {"step": 5}
-    record |= {"schema": checkpoint.SCHEMA, "checksums": checkpoint.name_checksums(state)}
+    record |= {"schema": checkpoint.SCHEMA, "law": checkpoint.LAW, "checksums": checkpoint.name_checksums(state)}
     bias = np.array(state.params["out"]["bias"])
     bias.view(np.uint32)[3] ^= 1  # the lowest bit of one number
     state = dataclasses.replace(state, params=state.params | {"out": state.params["out"] | {"bias": bias}})
@@ -319,6 +340,19 @@ def test_the_step_can_be_saved_again_by_the_manager_that_found_the_damage(workdi
     save(manager, 6)
     assert sorted(manager.all_steps()) == [3, 6]
   assert restore(workdir)[1]["step"] == 6
+
+
+def test_a_damaged_checkpoint_is_moved_aside_in_a_bucket(bucket):
+  folder = epath.Path("gs://bucket/run/checkpoints")
+  manager = types.SimpleNamespace(directory=folder, reload=lambda: None)
+  for name in ("6", "6.1"):
+    for part in ("record/metadata", "state/d/0a"):
+      (folder / "6" / part).write_text(part)
+    checkpoint.set_aside(manager, 6)
+    assert not (folder / "6").exists()
+    aside = checkpoint.damaged_folder(manager) / name
+    assert [(aside / part).read_text() for part in ("record/metadata", "state/d/0a")] == [
+        "record/metadata", "state/d/0a"]
 
 
 def test_when_all_are_damaged_the_run_says_so_and_deletes_nothing(workdir):

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
 from awrsr_jax.data import splits
 from awrsr_jax.data.corpus import Corpus, count_trained
@@ -62,6 +64,22 @@ def record(request):
     rows.append({"fault": fault, "what happens": happens, "count": count})
     return rows[-1]
   return record
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """What lies behind gs:// in this test: objects in memory, without folders, as gcsfs shows a bucket."""
+  class Bucket(MemoryFileSystem):
+    store, pseudo_dirs = {}, [""]  # of its own
+
+    def mkdir(self, *_, **__):
+      """Makes nothing."""
+
+    makedirs = mkdir
+
+  found = Bucket()
+  monkeypatch.setattr(backend.fsspec_backend, "fs", lambda _: found)
+  return found
 
 
 @pytest.fixture

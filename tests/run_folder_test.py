@@ -1,5 +1,7 @@
 """The run folder: files whole or not at all, one owner, one config and corpus, and lines that others can read."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -209,6 +211,27 @@ def test_another_process_owns_the_folder_until_it_ends_however_it_ends(tmp_path)
   open_and_close(tmp_path, {})
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, number):
+  def fail(*_):
+    raise OSError(number, os.strerror(number))
+  monkeypatch.setattr(fcntl, "flock", fail)
+  open_and_close(tmp_path)
+  assert caplog.text.count(f"--workdir={tmp_path}: this file system has no locks: see that no other run uses") == 1
+  assert read(tmp_path / "corpus.json") == CORPUS
+
+
+def test_a_lock_that_fails_is_an_error_with_its_reason(tmp_path, monkeypatch):
+  def fail(file, _):
+    locks.append(file)
+    raise OSError(errno.EIO, "Input/output error")
+  locks = []
+  monkeypatch.setattr(fcntl, "flock", fail)
+  with pytest.raises(ValueError, match=rf"--workdir={tmp_path} cannot be locked: Input/output error; choose another"):
+    open_and_close(tmp_path)
+  assert locks[0].closed
+
+
 @pytest.mark.parametrize("below", ["run", "deep/run"])
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, below):
   (tmp_path / "file").write_text("no folder")
@@ -315,6 +338,25 @@ def test_a_bucket_gets_whole_files_and_no_lock(tmp_path, monkeypatch):
   lines = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(row["step"], row["loss"]) for row in lines] == [(1, 0.125), (2, 0.25), (3, 2.375), (4, 2.5)]
   assert sorted(os.listdir(tmp_path)) == ["config.json", "corpus.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("error,reason", [
+    (OSError("Forbidden: b/my-bucket/o\nrobot@my-project has no storage.objects.create access"),
+     "OSError: Forbidden: b/my-bucket/o robot@my-project has no storage.objects.create access"),
+    (FileNotFoundError("b/my-bucket/o"), "FileNotFoundError: b/my-bucket/o"),
+    (type("HttpError", (Exception,), {})("Anonymous caller, 401"), "HttpError: Anonymous caller, 401"),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer"),
+])
+@pytest.mark.parametrize("action", ["exists", "_open"])
+def test_a_bucket_that_cannot_be_written_is_one_line_with_the_way_out(bucket, monkeypatch, action, error, reason):
+  def fail(*_, **__):
+    raise error
+  monkeypatch.setattr(bucket, action, fail)
+  with pytest.raises(ValueError) as found:
+    open_and_close("gs://my-bucket/run")
+  assert str(found.value) == (
+      f"--workdir=gs://my-bucket/run cannot be written: {reason}. Check the name of the bucket; the service account of "
+      "the machines needs its roles Storage Object Admin and Storage Legacy Bucket Reader")
 
 
 def test_a_bucket_that_cannot_be_opened_here_is_an_error_that_says_what_is_missing():

@@ -11,7 +11,6 @@ from etils import epath
 
 from awrsr_jax.config import finalize
 from awrsr_jax.engine import checkpoint, processes, ranking, run_folder
-from awrsr_jax.engine import train as training
 from awrsr_jax.engine.state import init_state
 from awrsr_jax.engine.train import make_job, train
 from awrsr_jax.inference.trained import load
@@ -149,7 +148,7 @@ def test_a_run_that_is_told_to_stop_anywhere_ends_bit_equal(small_config, tmp_pa
 
 def test_a_run_of_another_law_does_not_go_on_but_can_be_used(small_config, tmp_path, monkeypatch):
   with monkeypatch.context() as older:
-    older.setattr(training, "LAW", training.LAW - 1)
+    older.setattr(checkpoint, "LAW", checkpoint.LAW - 1)
     with pytest.raises(processes.Preempted):
       train(small_config, tmp_path / "run", lambda: True)
   before = sorted(path.name for path in (tmp_path / "run").rglob("*"))

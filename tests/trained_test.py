@@ -334,6 +334,14 @@ def test_a_damaged_checkpoint_is_named_and_not_moved(copied):
   assert sorted(path.relative_to(copied) for path in copied.rglob("*")) == before
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_named(copied, monkeypatch):
+  def fail(*_, **__):
+    raise PermissionError(13, "Permission denied")
+  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
+  with pytest.raises(ValueError, match=r"cannot be loaded: checkpoints cannot be read now \(PermissionError: "):
+    load(copied)
+
+
 @pytest.mark.parametrize("change,message", [
     (lambda record: record.update(schema=1), "its schema is 1, this version reads 2"),
     (lambda record: record["config"]["model"].update(new_key=3), r"no config keys \['model.new_key'\]"),

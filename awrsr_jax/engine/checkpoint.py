@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,14 +33,23 @@ from awrsr_jax.engine.state import TrainState
 from awrsr_jax.foreign import check_kinds, parse_json
 
 LOG = logging.getLogger(__name__)
-SCHEMA = 2
+SCHEMA = 2  # of a bundle
+LAW = 2  # of batches and dropout, what a step does with seed and config; 1: batches of one length each
 KINDS = {"step": int, "best_step": int, "checksums": {...: int}, "ids_sha256": str, "config": dict,
          "corpus": {"items": int}}  # of a record
 KEPT_LATEST = 2
+# What tells of the machine and not of a file: errors of the system, of TensorStore, and of what reads a bucket.
+MACHINE = {errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM}
+STATUSES = "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED"
+CLIENTS = "gcsfs.", "aiohttp.", "google.auth.", "requests."
 
 
 class AnotherSchema(ValueError):
   """A checkpoint of another version of this package: not damaged, but not to be read here."""
+
+
+class Unreachable(Exception):
+  """A checkpoint cannot be read now, by the machine (memory, disk, network, rights); it may be good."""
 
 
 class NewestAndBest(preservation_policy.PreservationPolicy):
@@ -114,7 +124,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
     ids: from encode_items.
   """
   step, manager.kept.best_step = record["step"], record["best_step"]
-  record = record | {"schema": SCHEMA, "checksums": name_checksums(state), "ids_sha256": hash_arrays(ids)}
+  record = record | {"schema": SCHEMA, "law": LAW, "checksums": name_checksums(state), "ids_sha256": hash_arrays(ids)}
   manager.save(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), ids=ocp.args.StandardSave(ids),
@@ -134,6 +144,7 @@ def restore_newest(manager: ocp.CheckpointManager, template: TrainState) -> tupl
 
   Raises:
     ValueError: there are checkpoints, but none is good, or the newest is of another version of this package.
+    Unreachable: nothing was moved; also of the functions below that read.
   """
   steps = sorted(manager.all_steps(), reverse=True)
   for step in steps:
@@ -159,6 +170,7 @@ def restore_step(manager: ocp.CheckpointManager, step: int, template: TrainState
   """
   with processes.together():
     record = read_record(manager, step)
+    check_version(record, template)
   with processes.together(), reading():
     state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
   check_arrays(state, record["checksums"])
@@ -187,6 +199,17 @@ def restore_params(manager: ocp.CheckpointManager, step: int, template: Any, rec
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)))["state"]
   check_arrays(state, {name: value for name, value in record["checksums"].items() if name.startswith("params/")})
   return state["params"]
+
+
+def check_version(record: dict[str, Any], template: TrainState) -> None:
+  """Raises AnotherSchema when a run with states like the template cannot go on where that of the record was."""
+  law, names = record.get("law", 1), sorted(record["checksums"].keys() ^ name_arrays(template).keys())
+  if law != LAW:
+    raise AnotherSchema(f"it was trained under law {law} of batches and dropout, and this version has law {LAW}, so "
+                         "that going on would end as neither run; its model can still be used")
+  if names:
+    raise AnotherSchema(f"its state or this version's lacks {', '.join(names[:3])}{', ...' if names[3:] else ''} "
+                         "(optax or flax may have been another one)")
 
 
 def check_arrays(tree: Any, checksums: dict[str, int]) -> None:
@@ -225,13 +248,24 @@ def check_record(stored: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-  """Turns what Orbax raises for damaged files, bare Exceptions, into ValueError; not what tells of the machine."""
+  """Turns what Orbax raises into ValueError for damaged files, and into Unreachable where the machine fails."""
   try:
     yield
   except Exception as error:
-    if is_of_machine(error):
+    if processes.tells_of_a_loss(error):
       raise
-    raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    cause: BaseException | None = error
+    while cause and not is_of_machine(cause):
+      cause = cause.__cause__  # Orbax wraps what TensorStore raises
+    if cause:
+      raise Unreachable(f"checkpoints cannot be read now ({in_short(cause)}); once they can, start the same command "
+                        "again") from error
+    raise ValueError(in_short(error)) from error
+
+
+def in_short(error: BaseException) -> str:
+  """Returns the first line of an error, without the spec that TensorStore adds."""
+  return f"{type(error).__name__}: {error}".splitlines()[0].partition(" [tensorstore_spec")[0]
 
 
 def restore_ids(manager: ocp.CheckpointManager, step: int, record: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
@@ -249,11 +283,13 @@ def restore_ids(manager: ocp.CheckpointManager, step: int, record: dict[str, Any
     return np.array(items, np.int64 if record.get("ids_are_numbers") else object), titles
 
 
-def is_of_machine(error: Exception) -> bool:
-  """Whether an error tells of the machine (memory, disk, network) and not of the file that was read."""
-  machine = (errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM)
-  is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-  return is_full or getattr(error, "errno", None) in machine
+def is_of_machine(error: BaseException) -> bool:
+  """Whether an error tells of the machine (memory, disk, network, rights) and not of the file that was read."""
+  text = str(error)
+  numbers = {getattr(error, "errno", None), *map(int, re.findall(r"os_error_code\S*='(\d+)'", text))}  # by TensorStore
+  is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text
+  is_told = text.startswith(STATUSES) or type(error).__module__.startswith(CLIENTS)
+  return is_full or is_told or not numbers.isdisjoint(MACHINE)
 
 
 def damaged_folder(manager: ocp.CheckpointManager) -> epath.Path:
@@ -266,6 +302,8 @@ def set_aside(manager: ocp.CheckpointManager, step: int) -> None:
   if processes.is_first():
     folder = damaged_folder(manager)
     folder.mkdir(exist_ok=True)
+    if is_remote(folder):  # a bucket has a folder only where an object is, and a rename wants one
+      (folder / "README").write_text("Checkpoints that were damaged, moved out of the way of the run.\n")
     target, copies = folder / str(step), 0
     while target.exists():
       copies += 1

@@ -47,6 +47,7 @@ FREE_KEYS = {
     "eval.keep_ranks", "eval.hash_ids",  # a file more or less, with ids or without
     "eval.batch_size", "eval.block_items",  # they change no rank
 }
+NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK  # Lustre without -o flock, NFS without lockd
 IDS = pyarrow.int64(), pyarrow.string(), pyarrow.large_string()
 NUMBERS = pyarrow.int32(), pyarrow.int64()
 KINDS_OF_RANKS = {"user": IDS, "item": IDS, "rank": (pyarrow.float32(), pyarrow.float64()), "history": NUMBERS,
@@ -67,6 +68,22 @@ def noticing_full_disk(workdir: str | os.PathLike[str]) -> Iterator[None]:
       raise DiskFull(f"the disk of --workdir={workdir} is full; what was saved is whole. Make room and start the same "
                      "command again: it goes on from the newest checkpoint") from error
     raise
+
+
+@contextlib.contextmanager
+def noticing_no_bucket(workdir: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns what gcsfs raises, also with types of its own, for a bucket that cannot be written, into ValueError."""
+  try:
+    yield
+  except ImportError as error:
+    raise ValueError(f"--workdir={workdir}: {error}; install what opens such a path (gs://: gcsfs)") from error
+  except Exception as error:
+    if isinstance(error, ValueError) or not is_remote(workdir):
+      raise
+    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    raise ValueError(f"--workdir={workdir} cannot be written: {reason}. Check the name of the bucket; the service "
+                     "account of the machines needs its roles Storage Object Admin and Storage Legacy Bucket "
+                     "Reader") from error
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -101,7 +118,7 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
 def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False) -> TextIO:
   """Makes a folder and takes it for this job, until the file returned is closed or the process ends however it ends.
 
-  A bucket has no locks: there nothing is taken.
+  A bucket has no locks: there nothing is made or taken. Some file systems have none either: there it is only made.
 
   Args:
     folder: its `.lock` is taken.
@@ -109,22 +126,25 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False)
     wait: until nobody else has it.
 
   Raises:
-    ValueError: the folder cannot be written; or, from a BlockingIOError, it is in use.
+    ValueError: the folder cannot be written or locked; or, from a BlockingIOError, it is in use.
   """
+  if is_remote(folder):
+    return io.StringIO()
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = io.StringIO() if is_remote(folder) else (folder / ".lock").open("a")
+    lock = (folder / ".lock").open("a")
   except OSError as error:
     raise ValueError(f"{flag}={folder} cannot be written: {error.strerror}; choose another folder") from error
-  except ImportError as error:
-    raise ValueError(f"{flag}={folder}: {error}; install what opens such a path (gs://: gcsfs)") from error
-  if not is_remote(folder):
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError as error:
+    lock.close()
+    raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another folder") from error
+  except OSError as error:
+    if error.errno not in NO_LOCKS:
       lock.close()
-      raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another "
-                       "folder") from error
+      raise ValueError(f"{flag}={folder} cannot be locked: {error.strerror}; choose another folder") from error
+    LOG.warning("%s=%s: this file system has no locks: see that no other run uses the folder", flag, folder)
   return lock
 
 
@@ -146,12 +166,13 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
   lock = lock_folder(folder)
   try:
     values = json.loads(json.dumps(dict(walk(config))))
-    saved = (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir())
-    for name, check, now in (("config.json", check_same_config, values), ("corpus.json", check_same_corpus, corpus)):
-      if saved or (folder / name).exists():
-        check(workdir, read_json(folder / name), now)
-    write_json(folder / "config.json", nest(values))
-    write_json(folder / "corpus.json", corpus)
+    with noticing_no_bucket(workdir):
+      saved = (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir())
+      for name, check, now in (("config.json", check_same_config, values), ("corpus.json", check_same_corpus, corpus)):
+        if saved or (folder / name).exists():
+          check(workdir, read_json(folder / name), now)
+      write_json(folder / "config.json", nest(values))
+      write_json(folder / "corpus.json", corpus)
   except BaseException:
     lock.close()  # who caught the error may still hold it, and with it this frame
     raise

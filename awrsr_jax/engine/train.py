@@ -33,7 +33,6 @@ from awrsr_jax.model.backbones import build_backbone
 LOG = logging.getLogger(__name__)
 CHOSEN_BY = "ndcg@10"  # on validation: early stopping and the best checkpoint
 FRESH = {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "seconds": 0.0}  # a record; best: below any metric
-LAW = 2  # of batches and dropout, what a step does with seed and config; 1: batches of one length each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +119,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
     ValueError: anything wrong with config, data, devices or workdir; before the first compilation.
     FloatingPointError: the loss or the gradient stopped being finite; the last good checkpoint stays.
     run_folder.DiskFull: no space is left; the same call goes on from the newest checkpoint once there is.
+    checkpoint.Unreachable: the machine cannot read a checkpoint; the same call goes on once it can.
     processes.Preempted: told_to_stop; the same call goes on from the step that it was at.
     processes.ProcessLost: another process is gone; the same call goes on from the newest checkpoint.
   """
@@ -155,7 +155,7 @@ def open_run(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
     with processes.together():
       if processes.is_first():
         held.enter_context(run_folder.open_run(workdir, job.config, data_corpus.describe(job.corpus)))
-    with processes.together():
+    with processes.together(), run_folder.noticing_no_bucket(workdir):
       if not (epath.Path(workdir) / "corpus.json").exists():
         raise ValueError(f"--workdir={workdir} of process 0 is not seen here; all processes need the same folder, on a "
                          "shared file system or gs://")
@@ -166,7 +166,7 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
   """Returns the state and record of the newest good checkpoint, or fresh ones.
 
   Raises:
-    ValueError: it was trained under another law of batches and dropout, by another version, or longer.
+    ValueError: it was trained by another version, or longer; or see checkpoint.restore_newest.
   """
   init = functools.partial(init_state, job.backbone, job.optimizer, job.config.seed, job.mesh)
   template = meshes.template(job.mesh, jax.eval_shape(init))
@@ -177,11 +177,7 @@ def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainStat
              job.corpus.num_users, job.corpus.num_items, job.corpus.num_interactions, count, job.total_steps,
              job.config.train.epochs, job.batches.buckets)
     return init(vectors=item_vectors(job)), dict(FRESH)
-  step, law, lacking = found[1].get("step", 0), found[1].get("law", 1), sorted(FRESH.keys() - found[1].keys())
-  if law != LAW:
-    raise ValueError(f"{manager.directory} was trained under law {law} of batches and dropout, and this version has "
-                     f"law {LAW}: going on would end as neither run. Finish it with the version that began it, or "
-                     "start in another --workdir; its model can still be used")
+  step, lacking = found[1].get("step", 0), sorted(FRESH.keys() - found[1].keys())
   if lacking or step > job.total_steps:
     what = f"has no {', '.join(lacking)}" if lacking else f"is beyond the last step of this config, {job.total_steps}"
     raise ValueError(f"checkpoint {step} of {manager.directory} {what}: going on is for the version and config that "
@@ -209,7 +205,7 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
   """
   config, step, seconds = job.config, record["step"], record["seconds"]
   first = step
-  constants = {"law": LAW, "config": config.to_dict(), "corpus": data_corpus.describe(job.corpus),
+  constants = {"config": config.to_dict(), "corpus": data_corpus.describe(job.corpus),
                "ids_are_numbers": job.corpus.item_ids.dtype.kind == "i"}
   ids = encode_items(job.corpus)
   writer = run_folder.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else run_folder.NoWriter()

@@ -261,8 +261,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, model_devices
     model_devices: devices that share the item tables; None: as in training where the devices here allow it, else 1.
 
   Raises:
-    ValueError: the folder is no run, has no (such) checkpoint, the checkpoint is damaged or of another version, or the
-      devices do not fit.
+    ValueError: the folder is no run, has no (such) checkpoint, the checkpoint is damaged, of another version or
+      cannot be read now, or the devices do not fit.
   """
   folder = epath.Path(workdir)
   if not (folder / "checkpoints").exists():
@@ -293,7 +293,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, model_devices
       item_ids, titles = checkpoint.restore_ids(manager, chosen, record)
       if not len(item_ids) == len(titles) == items:
         raise ValueError(f"it has {len(item_ids)} ids and {len(titles)} titles of {items} items")
-    except ValueError as error:
+    except (ValueError, checkpoint.Unreachable) as error:
       others = [other for other in steps if other != chosen]
       raise ValueError(f"checkpoint {chosen} of {workdir} cannot be loaded: {error}"
                        f"{f'. There are others: step={others}' if others else ''}") from error
