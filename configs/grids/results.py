@@ -138,9 +138,10 @@ def get_grid() -> list[Table | Cost]:
               LAW | {"data.synthetic.order": order},
               seeds=(0, 1, 2)) for order, names in ((1, ("none", "value")), (2, LAW_ROWS), (4, LAW_ROWS))),
       Table("C law 4 long", "Ablation on histories of a law of order 4: 120 epochs",
-            "After 60 epochs plain attention is still rising. What is left of the difference at its end?",
-            "configs/synthetic.py", {name: LAW_ROWS[name] for name in ("none, four heads", "value, four heads")} | {
-                "none, four heads, four layers": LAW_ROWS["none, four layers"] | FOUR_HEADS},
+            "After 60 epochs plain attention is still rising. What is left of the difference where it ends?",
+            "configs/synthetic.py", {
+                name: LAW_ROWS[name] for name in ("none, four heads", "value, four heads", "none", "value")} | {
+                    "none, four heads, four layers": LAW_ROWS["none, four layers"] | FOUR_HEADS},
             LAW | {"data.synthetic.order": 4, "train.epochs": 120}, seeds=(0, 1, 2)),
       Cost("D", "Cost", "What the runs of B cost. Times were taken beside other work on one shared machine and compare "
            "nothing; [performance.md](performance.md) measures cost.",
