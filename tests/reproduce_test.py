@@ -440,7 +440,7 @@ def test_the_numbers_of_the_page(seeds_of_three, tmp_path):
   values = significance.compare(read)["metrics"]["ndcg@10"]["value"]
   low, high = values["relative_users_and_seeds"]
   assert cells["value"]["against none"] == f"{values['relative']:+.1f} % [{low:+.1f}, {high:+.1f}]"
-  assert cells["value"]["p (Holm)"] == four(values["p_holm"])
+  assert cells["value"]["over seeds"] == "3" and cells["value"]["p (Holm)"] == four(values["p_holm"])
   assert cells["none"]["against none"] == cells["none"]["p (Holm)"] == ""
   other = cells[r"*Other\|s (others: a log)*"]
   assert other["test NDCG@10"] == "*.0597*" and other["test HR@10"] == other["seeds"] == ""
@@ -461,44 +461,44 @@ def test_the_page_has_the_best_that_is_possible_where_the_law_of_the_data_is_kno
   assert best["validation NDCG@10"] == best["seeds"] == ""
 
 
-def test_missing_seeds_are_named_and_rows_are_compared_over_all_that_are_complete(seeds_of_three, tmp_path):
+def test_missing_seeds_are_named_and_rows_are_compared_over_what_both_have(seeds_of_three, tmp_path):
   grid, out, ranks = seeds_of_three
   (out / "T_one/value/seed_1/result.json").unlink()
   for file in ("config.json", "result.json"):
     (out / "T_one/none/seed_2" / file).unlink()
   text, cells = write_page(grid, out, tmp_path / "results.md")
   assert "Not complete: none: seed 2 missing; value: seed 1 started." in text
-  assert cells["none"]["seeds"] == cells["value"]["seeds"] == "2/3"
-  base, other = (np.mean([significance.gains(ranks[row, seed], "ndcg@10") for seed in seeds])
-                 for row, seeds in (("none", (0, 1)), ("value", (0, 2))))
+  assert cells["none"]["seeds"] == cells["value"]["seeds"] == "2/3" and cells["value"]["over seeds"] == "1"
+  base, other = (np.mean(significance.gains(ranks[row, 0], "ndcg@10")) for row in ROWS)
   shown = re.fullmatch(r"([+-][\d.]+) % \*\[.*\]\*", cells["value"]["against none"])  # in italics: users alone
   assert float(shown[1]) == round(100 * (other - base) / base, 1)
 
 
-def test_p_values_are_corrected_for_all_rows_also_of_other_seeds(tmp_path):
+def test_p_values_are_corrected_for_all_rows_also_over_other_seeds(tmp_path):
   grid, rng = plan(table(rows=ROWS | {"deep": {"model.layers": 3}})), np.random.default_rng(1)
   for planned in grid.runs:
     if planned.names[0] != "T one/deep/seed_1":
       finish(planned, tmp_path / "out", rng.integers(1, 20, 40))
   _, cells = write_page(grid, tmp_path / "out", tmp_path / "results.md")
-  assert [cells[row]["seeds"] for row in ("value", "deep")] == ["2/2", "1/2"]
+  assert [cells[row]["over seeds"] for row in ("value", "deep")] == ["2", "1"]
   p = []
   for row, seeds in (("value", 2), ("deep", 1)):
-    read = {name: [runs.read_run(tmp_path / "out" / planned.folder) for planned in grid.by_row["T one", name][:count]]
-            for name, count in (("none", 2), (row, seeds))}
+    read = {name: [runs.read_run(tmp_path / "out" / planned.folder) for planned in grid.by_row["T one", name][:seeds]]
+            for name in ("none", row)}
     p.append(significance.compare(read)["metrics"]["ndcg@10"][row]["p"])
   assert [cells[row]["p (Holm)"] for row in ("value", "deep")] == list(
       map(show_metric, significance.correct_holm(p)))
 
 
-def test_without_a_baseline_or_without_ranks_nothing_is_compared(tmp_path):
+def test_rows_without_a_common_seed_or_without_ranks_are_not_compared(tmp_path):
   grid = plan()
+  finish(grid.by_row["T one", "none"][0], tmp_path / "out")
   finish(grid.by_row["T one", "value"][1], tmp_path / "out")
   text, cells = write_page(grid, tmp_path / "out", tmp_path / "results.md")
-  assert "Nothing is compared: no run of none is complete." in text and cells["value"]["against none"] == ""
-  finish(grid.by_row["T one", "none"][0], tmp_path / "out")
+  assert "value is not compared: it has no complete seed that none has" in text and cells["value"]["over seeds"] == ""
+  finish(grid.by_row["T one", "none"][1], tmp_path / "out")
   (tmp_path / "out/T_one/value/seed_1/ranks.parquet").unlink()
-  assert re.search("Nothing is compared: .*ranks.parquet cannot be read",
+  assert re.search("value: not compared, .*ranks.parquet cannot be read",
                    write_page(grid, tmp_path / "out", tmp_path / "results.md")[0].replace("\\", ""))
 
 

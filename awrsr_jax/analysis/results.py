@@ -28,12 +28,13 @@ RUNS = "docs/results/runs"  # where runs are published; whoever adds one has the
 HOW_TO_READ = """\
 Values are means over seeds ± one sample deviation; there is no deviation where one seed is complete. Of each run the
 best epoch by validation NDCG@10 is ranked once on the test split. "Against" compares test NDCG@10 with the first row,
-user by user, over all complete seeds of each: the difference in % with its 95 % interval. With three seeds or more of
-both the interval covers the luck of users and of seeds; with fewer, in italics, of users alone, and training again may
-say something else. p is two-sided, over users, corrected by Holm for the rows of a table. Numbers of others are in
-italics with their source; they were not made by this code. Commands are those of rows with a complete run, and DATA is
-the folder of the data files. A command trains nothing where its run folder is complete, as in a clone of this
-repository; with another --workdir it trains anew."""
+user by user, over the seeds that are complete in both rows ("over seeds"), since runs of one seed start from the same
+values and can share its luck: the difference in % with its 95 % interval. With three seeds or more the interval covers
+the luck of users and of seeds; with fewer, in italics, of users alone, and training again may say something else. p is
+two-sided, over users, corrected by Holm for the rows of a table. Numbers of others are in italics with their source;
+they were not made by this code. Commands are those of rows with a complete run, and DATA is the folder of the data
+files. A command trains nothing where its run folder is complete, as in a clone of this repository; with another
+--workdir it trains anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +125,8 @@ def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple
   runs = [run for row in complete for run in row.runs]
   check_table_runs(table, runs)
   compared, left_out = compare_rows(rows)
-  titles = ["row", "seeds", *(title(column) for column in METRICS), f"against {escape(rows[0].name)}", "p (Holm)",
-            "parameters"]
+  titles = ["row", "seeds", *(title(column) for column in METRICS), f"against {escape(rows[0].name)}", "over seeds",
+            "p (Holm)", "parameters"]
   lines = [[escape(row.name), f"{len(row.runs)}/{len(row.planned)}",
             *(show_spread([read_metric(run, column) for run in row.runs]) for column in METRICS),
             *show_difference(compared.get(row.name)), show_parameters(row.runs)] for row in complete]
@@ -174,21 +175,35 @@ def check_table_runs(table: Table, runs: Sequence[Run]) -> None:
 
 
 def compare_rows(rows: Sequence[Row]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-  """Compares each row with the first one, over all complete runs of either.
+  """Compares each row with the first one over the seeds that both have complete.
 
   Returns:
-    Row name -> what significance.compare says of it; and a sentence where nothing could be compared.
+    Row name -> "relative", its interval ("ends"), whether that covers seeds ("covers_seeds"), how many were compared
+    ("seeds") and "p_holm", corrected for all rows; and sentences of what could not be compared.
   """
-  base, others = rows[0], [row for row in rows[1:] if row.runs]
-  if not base.runs:
-    return {}, [f"Nothing is compared: no run of {escape(base.name)} is complete."]
-  if not others:
-    return {}, []
-  try:
-    values = _compare(tuple((row.name, tuple(map(_stamp, row.runs))) for row in (base, *others)))
-  except ValueError as error:
-    return {}, [f"Nothing is compared: {escape(str(error))}."]
-  return {row.name: values[row.name] for row in others}, []
+  base, found, left_out = rows[0], {}, []
+  together: dict[tuple[int, ...], list[Row]] = {}
+  for row in rows[1:]:
+    shared = sorted({run.seed for run in base.runs} & {run.seed for run in row.runs})
+    if shared:
+      together.setdefault(tuple(shared), []).append(row)  # rows of the same seeds share one draw of users
+    elif row.runs:
+      left_out.append(f"{escape(row.name)} is not compared: it has no complete seed that {escape(base.name)} has.")
+  for seeds, members in together.items():
+    pick = lambda row: tuple(run for run in row.runs if run.seed in seeds)  # noqa: B023, E731
+    try:
+      values = _compare(tuple((row.name, tuple(map(_stamp, pick(row)))) for row in (base, *members)))
+    except ValueError as error:
+      left_out.append(f"{', '.join(escape(row.name) for row in members)}: not compared, {escape(str(error))}.")
+      continue
+    for row in members:
+      of_row = values[row.name]
+      both = of_row["relative_users_and_seeds"]
+      found[row.name] = {"relative": of_row["relative"], "ends": both or of_row["relative_interval"],
+                         "covers_seeds": both is not None, "seeds": len(seeds), "p": of_row["p"]}
+  corrected = significance.correct_holm([values["p"] for values in found.values()])
+  return {name: values | {"p_holm": p_holm}
+          for (name, values), p_holm in zip(found.items(), corrected, strict=True)}, left_out
 
 
 def describe_setting(run: Run) -> str:
@@ -234,13 +249,14 @@ def read_metric(run: Run, column: str) -> float:
 
 
 def show_difference(values: dict[str, Any] | None) -> list[str]:
-  """Returns the two cells of a comparison; empty for what was not compared."""
+  """Returns the three cells of a comparison; empty for what was not compared."""
   if values is None:
-    return ["", ""]
-  both, ends = values["relative_users_and_seeds"], values["relative_interval"]
+    return ["", "", ""]
+  ends = values["ends"]
   relative = "-" if values["relative"] is None else f"{values['relative']:+.1f} %"
-  interval = f"[{both[0]:+.1f}, {both[1]:+.1f}]" if both else f"*[{ends[0]:+.1f}, {ends[1]:+.1f}]*" if ends else "-"
-  return [f"{relative} {interval}", show_metric(values["p_holm"])]
+  interval = "-" if ends is None else f"[{ends[0]:+.1f}, {ends[1]:+.1f}]"
+  return [f"{relative} {interval if values['covers_seeds'] or ends is None else f'*{interval}*'}", str(values["seeds"]),
+          show_metric(values["p_holm"])]
 
 
 def show_parameters(runs: Sequence[Run]) -> str:
