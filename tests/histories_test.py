@@ -365,7 +365,7 @@ def test_damaged_and_missing_files(trained, tmp_path):
   with pytest.raises(ValueError, match="no such file"):
     read(tmp_path / "nowhere*.csv", trained)
   (tmp_path / "empty").mkdir()
-  with pytest.raises(ValueError, match="empty holds none of"):
+  with pytest.raises(ValueError, match="empty holds no table and none of"):
     read(tmp_path / "empty", trained)
   whole = write(tmp_path / "h.jsonl.gz", lines_of([["i1", str(number)] for number in range(9999)])).read_bytes()
   (tmp_path / "h.jsonl.gz").write_bytes(whole[:-20])

@@ -147,9 +147,9 @@ def cover_seeds(base_U: np.ndarray, other_U: np.ndarray, base_S: np.ndarray, oth
   """Returns how far an estimate may be off for the luck of users and of seeds together.
 
   Users and the seeds of either group are three samples, drawn independently of each other. The variance of the estimate
-  is the sum of theirs, and the interval is a t interval with the degrees of freedom of Satterthwaite (1946). What a seed
-  does to a single user stands in two of the variances, and runs that share a seed number may share its luck: both err
-  towards a wider interval. A bootstrap of seeds is no way: three, drawn with replacement, vary by a third
+  is the sum of theirs, and the interval is a t interval with the degrees of freedom of Satterthwaite (1946). What a
+  seed does to a single user stands in two of the variances, and runs that share a seed number may share its luck: both
+  err towards a wider interval. A bootstrap of seeds is no way: three, drawn with replacement, vary by a third
   too little.
 
   Args:

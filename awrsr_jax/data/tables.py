@@ -249,7 +249,7 @@ def _csv_head(file: str, data: Any) -> tuple[str, tuple[str, ...], int]:
   names, skipped = tuple(data.header.split(",")) if data.header else _amazon_names(rows), 0
   if not names:
     names, skipped = tuple(rows[0]), numbered[0][0]
-  elif data.header and rows[0] == list(names):
+  elif data.header and data.on_bad_row == "error" and rows[0] == list(names):
     raise ValueError(f"{file}:{numbered[0][0]} holds the names of its columns itself; leave out --config.data.header="
                      f"{data.header}, which is for files without them")
   names = tuple(name or f"column {place}" for place, name in enumerate(names, start=1))  # pandas writes its index so
