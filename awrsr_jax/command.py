@@ -1,6 +1,7 @@
 """What the commands of the package share: clear words about wrong flags, and programs kept for the next start."""
 
 import difflib
+import logging
 import os
 import pathlib
 import sys
@@ -9,6 +10,7 @@ from typing import NoReturn
 
 import jax
 from absl import app
+from absl import logging as absl_logging
 
 from awrsr_jax import config as defaults
 from awrsr_jax.config import default, walk
@@ -38,6 +40,15 @@ def parse_flags_or_defaults(argv: list[str]) -> list[str]:
   """As parse_flags, of commands that can do without a config file: config.py is one, with the defaults."""
   # in front and not as the flag's default: that would be read, with all keys, before their names are checked
   return parse_flags([argv[0], f"--config={defaults.__file__}", *argv[1:]])
+
+
+def begin(argv: Sequence[str]) -> None:
+  """What commands that use a run begin with: no arguments but flags, few words of libraries, kept programs."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
+  keep_compiled()
 
 
 def in_one_line(error: Exception) -> str:

@@ -7,15 +7,13 @@ samples can be ranked among all items, without training again. Nothing in the ru
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
-from absl import logging as absl_logging
 
-from awrsr_jax.command import keep_compiled, refuse
+from awrsr_jax.command import begin, refuse
 from awrsr_jax.config import restore
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import prepared
@@ -63,11 +61,7 @@ def evaluate(workdir: str | os.PathLike[str], protocol: str | None = None, data:
 
 def main(argv: Sequence[str]) -> None:
   """Ranks, and prints what was found as JSON."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
-  absl_logging.set_verbosity(absl_logging.WARNING)
-  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
-  keep_compiled()
+  begin(argv)
   try:
     if not WORKDIR.value:
       raise ValueError("--workdir=FOLDER is missing; it is the run folder that python -m awrsr_jax.main left")

@@ -3,24 +3,18 @@
 Makes a folder that recommends with jax and numpy alone: see inference/artefact.py, and docs/recommend.md.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
-from absl import logging as absl_logging
 
-from awrsr_jax.command import keep_compiled, refuse
+from awrsr_jax.command import begin, refuse
 from awrsr_jax.inference.artefact import PLATFORMS, export
 
 
 def main(argv: Sequence[str]) -> None:
   """Exports, and prints what was made."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
-  absl_logging.set_verbosity(absl_logging.WARNING)
-  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
-  keep_compiled()
+  begin(argv)
   try:
     for name, value, what in (("workdir", WORKDIR.value, "the run folder that python -m awrsr_jax.main left"),
                               ("out", OUT.value, "the folder to make")):

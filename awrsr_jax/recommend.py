@@ -13,9 +13,8 @@ import zlib
 from collections.abc import Sequence
 
 from absl import app, flags
-from absl import logging as absl_logging
 
-from awrsr_jax.command import keep_compiled, refuse
+from awrsr_jax.command import begin, refuse
 from awrsr_jax.data.lines import read_lines
 from awrsr_jax.foreign import shorten
 from awrsr_jax.inference.files import SHOWN, Counts, Job, check_output, encode, recommend_file, recommend_stream
@@ -27,11 +26,7 @@ LOG = logging.getLogger("awrsr_jax.recommend")  # __name__ is "__main__"
 
 def main(argv: Sequence[str]) -> None:
   """Recommends, and says on standard error what became of the histories."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
-  absl_logging.set_verbosity(absl_logging.WARNING)
-  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
-  keep_compiled()
+  begin(argv)
   try:
     run()
   except (ValueError, FloatingPointError) as error:

@@ -137,11 +137,12 @@ def test_growing_epochs_under_a_schedule_are_told(tmp_path, caplog):
   assert not caplog.records
 
 
-def test_data_may_move_and_devices_may_change(tmp_path):
+def test_data_may_move_and_devices_and_ranking_batches_may_change(tmp_path):
   open_and_close(tmp_path, data__path="here.txt", mesh__data=1)
-  open_and_close(tmp_path, data__path="there.txt", mesh__data=4, mesh__model=2)
+  open_and_close(tmp_path, data__path="there.txt", mesh__data=4, mesh__model=2, eval__batch_size=8, eval__block_items=9)
   now = read(tmp_path / "config.json")
-  assert (now["data"]["path"], now["mesh"]) == ("there.txt", {"data": 4, "model": 2})
+  assert (now["data"]["path"], now["mesh"], now["eval"]["batch_size"], now["eval"]["block_items"]) == (
+      "there.txt", {"data": 4, "model": 2}, 8, 9)
 
 
 def test_another_corpus_is_refused_with_both_values_but_may_be_renamed(tmp_path):

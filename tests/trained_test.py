@@ -38,6 +38,7 @@ def make_config(path):
   path.write_text("\n".join(lines) + "\n")
   config = tiny_config.get_config()
   config.data.name, config.data.path = "", str(path)
+  config.eval.batch_size = 20  # more devices than it was trained on may not divide it
   return config
 
 

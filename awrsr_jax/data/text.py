@@ -93,8 +93,7 @@ def read_sequences(path: str, on_bad_row: str = "error") -> Interactions:
     at = int(np.setdiff1d(np.arange(users.size), first)[0])
     other = int(np.argmax(users == users[at]))
     raise ValueError(f"{path}:{lines[at]}: user {users[at]} is already on line {lines[other]}; give each user one "
-                     "line, or set --config.data.format=pairs if every line is one 'user item', or table if it has "
-                     f"more columns; {TABLE}")
+                     f"line, or set --config.data.format=pairs if every line is one 'user item'; {TABLE}")
   is_item = np.ones(values.size, dtype=bool)
   is_item[starts] = False
   return Interactions(np.repeat(users, counts - 1), values[is_item], None, {}, path)
