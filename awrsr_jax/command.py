@@ -38,8 +38,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def parse_flags_or_defaults(argv: list[str]) -> list[str]:
   """As parse_flags, of commands that can do without a config file: config.py is one, with the defaults."""
+  names = {flag.lstrip("-").partition("=")[0] for flag in argv[1:] if flag.startswith("-")}
   # in front and not as the flag's default: that would be read, with all keys, before their names are checked
-  return parse_flags([argv[0], f"--config={defaults.__file__}", *argv[1:]])
+  file = [] if "config" in names else [f"--config={defaults.__file__}"]
+  return parse_flags([argv[0], *file, *argv[1:]])
 
 
 def begin(argv: Sequence[str]) -> None:

@@ -389,12 +389,15 @@ def test_wrong_arguments_are_one_clear_line(argv, kind, message, monkeypatch):
 def test_the_command_itself(tmp_path):
   (tmp_path / "log.csv").write_text(CSV)
   command = [sys.executable, "-m", "awrsr_jax.describe", str(tmp_path / "log.csv"), "--json"]
-  good, bad = (subprocess.Popen([*command, flag], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for flag in ("--config.data.max_history=4", "--config.data.kcore=5"))
-  printed, errors = good.communicate(timeout=120)
-  assert good.returncode == 0, errors
-  found = json.loads(printed)
-  assert found["rules"]["max_history"] == 4 and found["statistics"]["lengths"]["max"] == 4
-  assert found["warnings"][0].startswith("training refuses this log: ")
+  good, file, bad = (
+      subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      for flags in (["--config.data.max_history=4"], ["--config=configs/beauty.py", "--config.data.max_history=4"],
+                    ["--config.data.kcore=5"]))
+  for one in (good, file):
+    printed, errors = one.communicate(timeout=120)
+    assert one.returncode == 0, errors
+    found = json.loads(printed)
+    assert found["rules"]["max_history"] == 4 and found["statistics"]["lengths"]["max"] == 4
+    assert found["warnings"][0].startswith("training refuses this log: ")
   _, errors = bad.communicate(timeout=120)
   assert errors.startswith("ValueError: --config.data.kcore: the config has no such key; did you mean data.k_core")
