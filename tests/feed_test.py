@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from awrsr_jax.data import prepared
 from awrsr_jax.engine import compiling
 from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
@@ -32,9 +33,9 @@ folder, found = pathlib.Path(sys.argv[1]), []
 prepared.prepare(tiny_config.get_config().data, folder / "prepared", 2 ** 28)
 for name, *feeds in (("host", ("host", None)), ("device", ("device", 1)), ("calls of 3", ("device", 3)),
                      ("changed within an epoch", ("device", 2), ("host", None)),
-                     ("streamed from files, stopped within an epoch", ("auto", None), ("auto", None)),
-                     ("files and then the devices", ("auto", None), ("device", 1)),
-                     ("memory and then files", ("auto", None), ("auto", None))):
+                     ("streamed from files, stopped within an epoch", ("host", None), ("host", None)),
+                     ("files and then the devices", ("host", None), ("auto", 1)),
+                     ("memory and then files", ("auto", None), ("host", None))):
   config = tiny_config.get_config()
   config.mesh.data, config.data.long_history = -1, "windows"
   for turn, (config.data.feed, config.train.steps_per_call) in enumerate(feeds, 1):
@@ -64,6 +65,14 @@ def test_device_and_host_and_files_and_several_steps_a_call_train_alike(tmp_path
                         text=True, timeout=300)
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines()[-1] == "equal 7" and done.stdout.count("at step") == 4
+
+
+def test_what_lies_in_files_lives_on_the_devices_where_it_is_small_enough(small_config, tmp_path, monkeypatch):
+  prepared.prepare(small_config.data, tmp_path / "prepared", 2 ** 28)
+  whole, small_config.data.path = make_job(small_config), str(tmp_path / "prepared")
+  np.testing.assert_array_equal(make_job(small_config).items, whole.items)
+  monkeypatch.setattr(feeds, "RESIDENT_BYTES", feeds.resident_bytes(whole.batches) - 1)
+  assert make_job(small_config).items is None
 
 
 def test_an_epoch_on_the_devices_has_the_batches_of_the_host(small_config):

@@ -257,6 +257,12 @@ def test_flags_that_do_not_name_a_process_are_refused(who, message):
     processes.start(*who)
 
 
+def test_a_message_that_quotes_a_name_that_is_no_unicode_reaches_all(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda x: np.stack([x, x]))
+  assert processes.gather("\udcff is é") == ["\\udcff is é"] * 2
+
+
 def test_one_process_alone_needs_no_flags_and_agrees_with_itself(monkeypatch):
   monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined others"))
   for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST"):

@@ -22,7 +22,7 @@ from awrsr_jax.analysis.grid import COMPLETE, DIFFERS, MISSING, STARTED, Anchor,
 from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.config import walk
 from awrsr_jax.engine import processes, ranking
-from awrsr_jax.engine.run_folder import lock_folder, nest, read_ranks
+from awrsr_jax.engine.run_folder import check_same_config, lock_folder, nest, read_ranks
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests/tiny_config.py")
@@ -52,7 +52,7 @@ def finish(planned, out, ranks=RANKS, epochs=None, **result):
       "wall_time_s": 90.0 + planned.seed * 60, "device": "1 x test (cpu)", "versions": {"jax": "0.1"},
       "peak_memory": {"host": 3 * 2**20}} | result))
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [
-      *({"step": step, "epoch": 1, "split": "train", "loss": 1.0, "interactions_per_sec": 10.0 * step}
+      *({"step": step, "epoch": 1, "split": "train", "loss": 1.0, "interactions_per_sec": 10.0}
         for step in (1, 2, 30)), {"step": 3, "epoch": 1, "split": "valid", "ndcg@10": 0.25}]))
 
 
@@ -445,7 +445,7 @@ def test_the_numbers_of_the_page(seeds_of_three, tmp_path):
   other = cells[r"*Other\|s (others: a log)*"]
   assert other["test NDCG@10"] == "*.0597*" and other["test HR@10"] == other["seeds"] == ""
   assert "6 of the 6 runs" in text and "Not complete" not in text
-  assert "| T one | none | 3 | 1,234 | 2.5 ± 1.0 | 20 | host 3 MiB | 1 x test (cpu) |" in text  # 90, 150 and 210 s
+  assert "| T one | none | 3 | 1,234 | 2.5 ± 1.0 | host 3 MiB | 1 x test (cpu) |" in text  # 90, 150 and 210 s
   assert "Trained: 6 runs on 1 x test (cpu), jax 0.1." in text
   assert "for seed in 0 1 2; do" in text and text.count("--config.seed=$seed") == 2
 
@@ -552,6 +552,17 @@ def test_the_published_page_says_what_the_published_runs_do():
   folder = ROOT / "docs/results/runs"
   text, _ = results.render(grids.load_grid("configs/grids/results.py"), folder, "results")
   assert text == (ROOT / "docs/results.md").read_text()
+
+
+def test_the_commands_of_the_published_runs_go_on_with_them():
+  folder, complete = ROOT / "docs/results/runs", 0
+  for planned in grids.load_grid("configs/grids/results.py").runs:
+    if grids.read_state(planned, folder)[0] == grids.COMPLETE:
+      found = dict(walk(json.loads((folder / planned.folder / "config.json").read_text())))
+      now = planned.values | {"seed": planned.seed, "data.path": found["data.path"]}
+      check_same_config(folder, nest(found), now)
+      complete += 1
+  assert complete > 80
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git checkout")

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -106,12 +107,18 @@ def test_an_optional_key_that_was_set_is_a_difference(tmp_path):
     open_and_close(tmp_path, train__patience=5)
 
 
-def test_a_folder_of_another_version_is_refused_by_the_key_it_lacks_or_has_too_much(tmp_path):
+def test_a_key_that_is_newer_than_the_folder_has_its_default_there_and_an_older_one_is_refused(tmp_path):
   open_and_close(tmp_path)
   config = read(tmp_path / "config.json")
-  config["model"]["legacy"] = config["model"].pop("width")
+  width = config["model"].pop("width")
   run_folder.write_json(tmp_path / "config.json", config)
-  with pytest.raises(ValueError, match="config.model.legacy: 64 there, None now; config.model.width: None there, 64"):
+  with pytest.raises(ValueError, match=f"config.model.width: {width} there, 32 now"):
+    open_and_close(tmp_path, model__width=32)
+  open_and_close(tmp_path)
+  assert read(tmp_path / "config.json")["model"]["width"] == width
+  config["model"]["legacy"] = width
+  run_folder.write_json(tmp_path / "config.json", config)
+  with pytest.raises(ValueError, match=f"config.model.legacy: {width} there, None now. Use"):
     open_and_close(tmp_path)
 
 
@@ -178,7 +185,7 @@ def test_who_waits_has_the_folder_next(tmp_path):
   order, lock = [], run_folder.lock_folder(epath.Path(tmp_path))
 
   def take():
-    with run_folder.lock_folder(epath.Path(tmp_path), wait=True):
+    with run_folder.lock_folder(epath.Path(tmp_path), wait=math.inf):
       order.append("taken")
 
   thread = threading.Thread(target=take)
@@ -210,6 +217,12 @@ def test_another_process_owns_the_folder_until_it_ends_however_it_ends(tmp_path)
     child.wait()
     child.stdout.close()
   open_and_close(tmp_path, {})
+
+
+def test_who_only_looks_whether_a_folder_is_free_stops_no_run(tmp_path):
+  looking = run_folder.lock_folder(epath.Path(tmp_path))
+  threading.Timer(0.2, looking.close).start()
+  open_and_close(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])

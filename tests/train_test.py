@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from etils import epath
 
 from awrsr_jax.config import finalize
 from awrsr_jax.engine import checkpoint, processes, ranking, run_folder
-from awrsr_jax.engine.state import init_state
+from awrsr_jax.engine import train as train_module
+from awrsr_jax.engine.state import NO_STEP, Window, init_state
+from awrsr_jax.engine.step import Report
 from awrsr_jax.engine.train import make_job, train
 from awrsr_jax.inference.trained import load
 
@@ -144,6 +147,25 @@ def test_a_run_that_is_told_to_stop_anywhere_ends_bit_equal(small_config, tmp_pa
   assert without_clock("run") == without_clock("uninterrupted")
   measured = {"wall_time_s": None, "peak_memory": None, "compiled": None}
   assert result | measured == expected | measured
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_the_speed_of_a_line_is_that_of_training_since_the_start_or_the_last_line(start, small_config, monkeypatch):
+  """A step of 10 positions takes 2 s, a line has 3 steps, and after every fourth step ranking takes 100 s."""
+  clock, lines = [0.0], []
+  monkeypatch.setattr(train_module.time, "monotonic", lambda: clock[0])
+  write = lambda step, epoch, split, values: lines.append(values)  # noqa: E731
+  writer = types.SimpleNamespace(advance=lambda step: None, write=write)
+  line = train_module.Line(make_job(small_config), writer, start)
+  for step in range(start + 1, 16):
+    clock[0] += 2
+    steps = (step - 1) % 3 + 1  # of the window: where a run goes on it holds some of before
+    line.put(step, Report(Window(*map(jnp.float32, (steps, 10 * steps, steps, steps))), NO_STEP, jnp.int32(0)))
+    assert not line.flush()
+    if step % 4 == 0:
+      clock[0] += 100
+      line.leave_out(100)
+  assert [values["interactions_per_sec"] for values in lines] == [5.0] * ((15 - start) // 3 + (start % 3 > 0))
 
 
 def test_a_run_of_another_law_does_not_go_on_but_can_be_used(small_config, tmp_path, monkeypatch):

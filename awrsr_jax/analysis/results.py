@@ -5,6 +5,7 @@ The same run folders give the same bytes. What is missing is named; what does no
 
 import dataclasses
 import functools
+import math
 import os
 import re
 import shlex
@@ -63,7 +64,7 @@ def write_results(grid: Grid, out: str | os.PathLike[str], path: str | os.PathLi
   """
   path = epath.Path(path)
   folder = path.with_suffix("")
-  with lock_folder(folder, "--results", wait=True):
+  with lock_folder(folder, "--results", wait=math.inf):
     text, drawings = render(grid, out, path.stem)
     try:
       for drawing in drawings:
@@ -149,20 +150,18 @@ def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple
 
 def render_cost(table: Cost, rows: dict[str, list[Row]]) -> list[str]:
   """Returns the paragraphs of a cost table after its text: a table of all rows of the tables whose runs it shows."""
-  titles = ["table", "row", "runs", "parameters", "minutes", "interactions/s", "peak memory", "device"]
+  titles = ["table", "row", "runs", "parameters", "minutes", "peak memory", "device"]
   lines = []
   for key in table.of:
     for row in rows[key]:
       for device in sorted({run.result["device"] for run in row.runs}):
         runs = [run for run in row.runs if run.result["device"] == device]
-        speeds = [speed for run in runs for speed in run.curve("train", "interactions_per_sec")[2].tolist()]
         lines.append([escape(key), escape(row.name), str(len(runs)), show_parameters(runs),
-                      show_minutes(runs), f"{statistics.median(speeds):,.0f}" if speeds else "", show_memory(runs),
-                      escape(device)])
+                      show_minutes(runs), show_memory(runs), escape(device)])
   if not lines:
     return [f"No run of {', '.join(table.of)} is complete."]
   return ["Minutes are means over runs ± one sample deviation, from start to result, with compiling and evaluating. "
-          "Interactions/s is the median of all training lines of metrics.jsonl. Memory is the largest of the runs.",
+          "Memory is the largest of the runs.",
           format_table(titles, lines)]
 
 

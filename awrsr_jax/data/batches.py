@@ -72,14 +72,14 @@ def plan_buckets(lengths: np.ndarray, count: int, batches: int = 1, multiple: in
   rows = np.searchsorted(np.sort(lengths), grid, side="right")  # rows that fit into each grid length
   filled = lambda rows: fill_up(rows, batches, multiple) * grid[:, None]  # noqa: E731
   cost = filled(rows[:, None])[:, 0]  # cost[j]: padded positions of a batch when buckets end at grid[j]
+  is_before, never = np.tri(len(grid), k=-1, dtype=bool), np.iinfo(np.int64).max // 2
+  last = np.where(is_before, filled(rows[:, None] - rows[None, :]), never)
   chosen = [[j] for j in range(len(grid))]
   for _ in range(min(count, len(grid)) - 1):
-    step = cost[None, :] + filled(rows[:, None] - rows[None, :])  # [j, i]: i is the bucket before j
-    step = np.where(np.tri(len(grid), k=-1, dtype=bool), step, np.iinfo(np.int64).max)
-    before = step.argmin(axis=1)
-    better = step.min(axis=1) < cost
-    chosen = [chosen[before[j]] + [j] if better[j] else chosen[j] for j in range(len(grid))]
-    cost = np.minimum(cost, step.min(axis=1))
+    step = cost[None, :] + last  # [j, i]: i is the bucket before j
+    before, least = step.argmin(axis=1), step.min(axis=1)
+    chosen = [chosen[before[j]] + [j] if least[j] < cost[j] else chosen[j] for j in range(len(grid))]
+    cost = np.minimum(cost, least)
   return tuple(int(grid[j]) for j in chosen[-1])
 
 

@@ -38,7 +38,7 @@ class Call:
 
 
 def is_resident(config: Any, batches: data_batches.TrainBatches) -> bool:
-  """Whether the corpus lives on the devices; one that lies in files is streamed unless asked for.
+  """Whether the corpus lives on the devices, in memory or in files before; by itself where it is small enough.
 
   Raises:
     ValueError: it is to live there and is too large to be indexed.
@@ -46,8 +46,7 @@ def is_resident(config: Any, batches: data_batches.TrainBatches) -> bool:
   if config.data.feed == "device" and len(batches.items) > np.iinfo(np.int32).max:
     raise ValueError(f"config.data.feed=device: {len(batches.items)} interactions are more than int32 can index; use "
                      "auto or host")
-  fits = isinstance(batches.items, np.ndarray) and resident_bytes(batches) <= RESIDENT_BYTES
-  return {"device": True, "host": False, "auto": fits}[config.data.feed]
+  return {"device": True, "host": False, "auto": resident_bytes(batches) <= RESIDENT_BYTES}[config.data.feed]
 
 
 def resident_bytes(batches: data_batches.TrainBatches, devices: int = 1) -> int:

@@ -76,7 +76,7 @@ def gather(text: str) -> list[str]:
   """Returns the texts of all processes, in their order."""
   if jax.process_count() == 1:
     return [text]
-  content = np.frombuffer(text.encode(), np.uint8)
+  content = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)  # names of files may not be Unicode
   sizes = multihost_utils.process_allgather(np.int32(content.size)).reshape(-1)
   padded = np.pad(content, (0, max(int(sizes.max()), 1) - content.size))
   return [row[:size].tobytes().decode() for row, size in zip(

@@ -31,7 +31,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from awrsr_jax.config import walk
+from awrsr_jax.config import default, walk
 from awrsr_jax.data.batches import RankingBatches, history_lengths
 from awrsr_jax.foreign import check_kinds, parse_json
 
@@ -115,7 +115,7 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False) -> TextIO:
+def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: float = 0) -> TextIO:
   """Makes a folder and takes it for this job, until the file returned is closed or the process ends however it ends.
 
   A bucket has no locks: there nothing is made or taken. Some file systems have none either: there it is only made.
@@ -123,7 +123,7 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False)
   Args:
     folder: its `.lock` is taken.
     flag: that names it, for messages.
-    wait: until nobody else has it.
+    wait: so many seconds for one that another process has.
 
   Raises:
     ValueError: the folder cannot be written or locked; or, from a BlockingIOError, it is in use.
@@ -135,17 +135,23 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False)
     lock = (folder / ".lock").open("a")
   except OSError as error:
     raise ValueError(f"{flag}={folder} cannot be written: {error.strerror}; choose another folder") from error
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-  except BlockingIOError as error:
-    lock.close()
-    raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another folder") from error
-  except OSError as error:
-    if error.errno not in NO_LOCKS:
-      lock.close()
-      raise ValueError(f"{flag}={folder} cannot be locked: {error.strerror}; choose another folder") from error
-    LOG.warning("%s=%s: this file system has no locks: see that no other run uses the folder", flag, folder)
-  return lock
+  deadline = time.monotonic() + wait
+  while True:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return lock
+    except BlockingIOError as error:
+      if time.monotonic() >= deadline:
+        lock.close()
+        raise ValueError(f"{flag}={folder} is in use by another process; wait for it or choose another "
+                         "folder") from error
+      time.sleep(0.1)
+    except OSError as error:
+      if error.errno not in NO_LOCKS:
+        lock.close()
+        raise ValueError(f"{flag}={folder} cannot be locked: {error.strerror}; choose another folder") from error
+      LOG.warning("%s=%s: this file system has no locks: see that no other run uses the folder", flag, folder)
+      return lock
 
 
 def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any]) -> TextIO:
@@ -163,7 +169,7 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
     ValueError: the folder cannot be written, is in use, or belongs to another config or corpus.
   """
   folder = epath.Path(workdir)
-  lock = lock_folder(folder)
+  lock = lock_folder(folder, wait=1)  # who only looks whether it is free has it for an instant
   try:
     values = json.loads(json.dumps(dict(walk(config))))
     with noticing_no_bucket(workdir):
@@ -268,8 +274,11 @@ def nest(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_config(workdir: str | os.PathLike[str], before: dict[str, Any], now: dict[str, Any]) -> None:
-  """Raises ValueError, with the difference, when a run folder was made with another config."""
-  before = dict(walk(before))
+  """Raises ValueError, with the difference, when a run folder was made with another config.
+
+  A key that is newer than the folder has its default there: what it brought was not to be had.
+  """
+  before = dict(walk(default())) | dict(walk(before))
   changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
   free = FREE_KEYS if isinstance(before.get("train.epochs"), int) else FREE_KEYS - {"train.epochs"}
   shown = [f"config.{key}: {before.get(key)} there, {now.get(key)} now" for key in changed if key not in free]

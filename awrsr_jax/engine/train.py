@@ -209,7 +209,7 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
                "ids_are_numbers": job.corpus.item_ids.dtype.kind == "i"}
   ids = encode_items(job.corpus)
   writer = run_folder.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else run_folder.NoWriter()
-  line = Line(job, writer)
+  line = Line(job, writer, step)
   if job.items is None:
     calls = feeds.streamed_calls(job.mesh, job.batches, step)
   else:
@@ -217,11 +217,12 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
                                  job.steps_to_pause)
   while True:
     if job.evaluates(step):
+      paused = time.monotonic()
       ranks = ranking.rank_users(job.rank_step, state.params, job.ranking["valid"], job.mesh, told_to_stop, job.items)
       metrics = processes.from_first(ranking.summarize(ranks))
       writer.write(step, job.epoch(step), "valid", metrics)
       record = note_evaluation(record, step, metrics[CHOSEN_BY])
-      line.restart_clock()
+      line.leave_out(time.monotonic() - paused)
     if step == job.total_steps or is_over(config, record):
       break
     call = next(calls)
@@ -251,15 +252,16 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
 class Line:
   """The training line of metrics.jsonl: takes device values after a step, reads them one step later."""
 
-  def __init__(self, job: Job, writer: run_folder.MetricsWriter | run_folder.NoWriter):
+  def __init__(self, job: Job, writer: run_folder.MetricsWriter | run_folder.NoWriter, step: int):
+    """Begins at a step, in the middle of a window where a run goes on."""
     self._job, self._writer = job, writer
     self._schedule = make_schedule(job.config.train, job.total_steps)
     self._waiting: tuple[int, Report] | None = None
-    self.restart_clock()
+    self._since, self._clock = step, time.monotonic()
 
-  def restart_clock(self) -> None:
-    """Leaves the time up to now out of interactions_per_sec."""
-    self._clock = time.monotonic()
+  def leave_out(self, seconds: float) -> None:
+    """Leaves so much of the time since the last line out of interactions_per_sec."""
+    self._clock += seconds
 
   def put(self, step: int, report: Report) -> None:
     """Takes the report of a step; nothing is read."""
@@ -278,21 +280,21 @@ class Line:
       return False
     (step, report), self._waiting = self._waiting, None
     self._writer.advance(step)
-    bad_step, stop = int(report.bad_step), int(report.stop) > 0
+    bad_step, stop = map(int, jax.device_get((report.bad_step, report.stop)))
     if bad_step != NO_STEP:
       raise FloatingPointError(
           f"the loss or its gradient is not finite at step {bad_step} (epoch {self._job.epoch(bad_step)}); "
           "the last checkpoint before it is kept. Lower config.train.learning_rate, or set config.train.clip_norm")
     if step % self._job.config.train.log_every:
-      return stop
+      return stop > 0
     window = jax.device_get(report.window)
-    now = time.monotonic()
+    now, positions = time.monotonic(), window.positions / window.steps * (step - self._since)  # here, not before it
     self._writer.write(step, self._job.epoch(step), "train", {
         "loss": float(window.loss / max(window.positions, 1)), "grad_norm": float(window.grad_norm / window.steps),
         "learning_rate": float(self._schedule(step - 1)),
-        "interactions_per_sec": round(float(window.positions) / (now - self._clock), 1)})
-    self._clock = now
-    return stop
+        "interactions_per_sec": round(float(positions) / (now - self._clock), 1)})
+    self._since, self._clock = step, now
+    return stop > 0
 
 
 def note_evaluation(record: dict[str, Any], step: int, value: float) -> dict[str, Any]:
@@ -321,7 +323,7 @@ def conclude(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointM
   Returns:
     The content of result.json.
   """
-  steps, params_sha256 = int(state.step), checkpoint.hash_arrays(state.params)
+  steps, params_sha256, devices = int(state.step), checkpoint.hash_arrays(state.params), job.mesh.devices
   template = meshes.template(job.mesh, state)
   jax.tree.map(lambda x: x.delete(), state)  # makes room for the best one
   with processes.together():
@@ -346,7 +348,7 @@ def conclude(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointM
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(best.params)),
       "params_sha256": params_sha256,  # of the last step, see checkpoint.hash_arrays for the order
       "corpus": data_corpus.describe(job.corpus),
-      "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
+      "device": f"{devices.size} x {devices.flat[0].device_kind} ({devices.flat[0].platform})",
       "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
       "wall_time_s": round(record["seconds"], 1), "peak_memory": memory.measure_peak(),
   }
