@@ -2,7 +2,7 @@
 
   python -m awrsr_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 
-Result: test NDCG@10 .4985 of a best possible .5296 (seed 0), under 2 minutes on 2 CPU cores; README.md has the table.
+A minute or two on one CPU core. Tables "C law" of docs/results.md have longer runs of it, beside the best possible.
 """
 
 import ml_collections
