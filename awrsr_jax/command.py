@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import jax
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
 
 from awrsr_jax import config as defaults
@@ -42,6 +42,11 @@ def parse_flags_or_defaults(argv: list[str]) -> list[str]:
   # in front and not as the flag's default: that would be read, with all keys, before their names are checked
   file = [] if "config" in names else [f"--config={defaults.__file__}"]
   return parse_flags([argv[0], *file, *argv[1:]])
+
+
+def require_config() -> None:
+  """Has a command line without --config refused."""
+  flags.register_validator("config", lambda config: config is not None, "--config=FILE is missing; configs/ has some")
 
 
 def begin(argv: Sequence[str]) -> None:

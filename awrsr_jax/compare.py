@@ -91,6 +91,9 @@ def run(folders: Sequence[str], metrics: Sequence[str], resamples: int, seed: in
                      "python -m awrsr_jax.compare RUN RUN ...")
   groups = runs.group([runs.read_run(folder) for folder in folders])
   found = significance.compare(groups, metrics, resamples, seed, level)
+  for name, telling in zip(groups, runs.tell_apart(list(groups.values())), strict=True):
+    if len(groups) > 1 and name != telling:
+      print(printable(f"{name}: {telling}"))
   print(printable(render(found)))
   if out:
     try:

@@ -17,7 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from awrsr_jax.command import in_one_line, keep_compiled, parse_flags, refuse
+from awrsr_jax.command import in_one_line, keep_compiled, parse_flags, refuse, require_config
 from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared
 from awrsr_jax.data.batches import training_batches
@@ -118,5 +118,5 @@ def print_result(result: dict) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
+  require_config()
   app.run(main, flags_parser=parse_flags)

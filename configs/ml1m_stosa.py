@@ -2,8 +2,8 @@
 
     python -m awrsr_jax.main --config=configs/ml1m_stosa.py --workdir=runs/ml1m_stosa
 
-Data as in configs/ml1m.py. The settings are those of configs/beauty_stosa.py but for n = 200 and batches of 128, carried over and
-not measured here.
+Data as in configs/ml1m.py. The settings are those of configs/beauty_stosa.py but for n = 200 and
+batches of 128, carried over and not measured here.
 """
 
 import ml_collections

@@ -57,6 +57,20 @@ def test_the_first_run_is_of_the_baseline(folders, capsys):
   assert "compared with refine=value" in capsys.readouterr().out
 
 
+def test_groups_that_differ_in_many_keys_have_the_names_of_their_folders(tmp_path, capsys):
+  many = {"model__width": 32, "model__ffn_width": 128, "train__learning_rate": 0.01, "train__batch_size": 64,
+          "model__layers": 3}
+  ranks = np.arange(1, 41)
+  folders = [write_run(tmp_path / "a", ranks), write_run(tmp_path / "b", ranks, **many),
+             write_run(tmp_path / "c", ranks, **many, seed=1)]
+  compare.run(folders, *SETTINGS, None)
+  base, other, *rest = capsys.readouterr().out.splitlines()
+  assert base.startswith(f"{folders[0]}: ") and "width=64" in base
+  assert other.startswith(f"{folders[1]} and 1 more: ") and all(f"{key.split('__')[1]}={value}" in other
+                                                                for key, value in many.items())
+  assert f"compared with {folders[0]}; " in rest[2] and rest[5].split()[0] == str(folders[0])
+
+
 def test_three_seeds_of_both_show_users_and_seeds(tmp_path, capsys):
   settings = [(refine, seed) for refine in ("none", "value") for seed in range(3)]
   folders = write_runs(tmp_path, *settings, ("simple", 0))

@@ -132,13 +132,13 @@ def test_a_line_ends_where_the_shortest_run_of_its_group_does(tmp_path):
 
 
 def test_runs_without_a_common_step_are_refused(tmp_path):
-  with pytest.raises(ValueError, match="a: its 2 runs have nothing to draw at a step that all of them have"):
+  with pytest.raises(ValueError, match=r"a: there is no step at which all of its runs \(2\) have something to draw"):
     figures.average("a", [(np.array([1]), np.array([1.0])), (np.array([2]), np.array([1.0]))])
 
 
 def test_a_run_without_validation_lines_is_refused(tmp_path):
   groups = make_groups(tmp_path)
-  with pytest.raises(ValueError, match="nothing to draw"):
+  with pytest.raises(ValueError, match="something to draw"):
     figures.validation_curve(groups, "hr@99")
 
 

@@ -151,13 +151,13 @@ def test_a_run_that_is_told_to_stop_anywhere_ends_bit_equal(small_config, tmp_pa
 
 @pytest.mark.parametrize("start", [0, 5])
 def test_the_speed_of_a_line_is_that_of_training_since_the_start_or_the_last_line(start, small_config, monkeypatch):
-  """A step of 10 positions takes 2 s, a line has 3 steps, and after every fourth step ranking takes 100 s."""
-  clock, lines = [0.0], []
+  """A step of 10 positions takes 2 s, a line has 3 steps, the last 1, and after every fourth step ranking takes 100 s."""
+  clock, lines, small_config.train.epochs = [0.0], [], 4  # 16 steps
   monkeypatch.setattr(train_module.time, "monotonic", lambda: clock[0])
   write = lambda step, epoch, split, values: lines.append(values)  # noqa: E731
   writer = types.SimpleNamespace(advance=lambda step: None, write=write)
   line = train_module.Line(make_job(small_config), writer, start)
-  for step in range(start + 1, 16):
+  for step in range(start + 1, 17):
     clock[0] += 2
     steps = (step - 1) % 3 + 1  # of the window: where a run goes on it holds some of before
     line.put(step, Report(Window(*map(jnp.float32, (steps, 10 * steps, steps, steps))), NO_STEP, jnp.int32(0)))
@@ -165,7 +165,7 @@ def test_the_speed_of_a_line_is_that_of_training_since_the_start_or_the_last_lin
     if step % 4 == 0:
       clock[0] += 100
       line.leave_out(100)
-  assert [values["interactions_per_sec"] for values in lines] == [5.0] * ((15 - start) // 3 + (start % 3 > 0))
+  assert [values["interactions_per_sec"] for values in lines] == [5.0] * {0: 6, 5: 5}[start]
 
 
 def test_a_run_of_another_law_does_not_go_on_but_can_be_used(small_config, tmp_path, monkeypatch):

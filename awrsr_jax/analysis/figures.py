@@ -69,7 +69,7 @@ def average(name: str, runs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Curve:
   for x, _ in runs[1:]:
     shared = np.intersect1d(shared, x)
   if not len(shared):
-    raise ValueError(f"{name}: its {len(runs)} runs have nothing to draw at a step that all of them have; "
+    raise ValueError(f"{name}: there is no step at which all of its runs ({len(runs)}) have something to draw; "
                      "metrics.jsonl holds what they logged (config.train.log_every, config.eval.every_epochs)")
   values = np.stack([y[np.searchsorted(x, shared)] for x, y in runs]).astype(np.float64)
   return Curve(name, shared, values.mean(axis=0), values.std(axis=0, ddof=1) if len(runs) > 1 else None)

@@ -14,6 +14,7 @@ from awrsr_jax.config import default, key_type, walk
 from awrsr_jax.engine.run_folder import FREE_KEYS, read_json, read_ranks
 from awrsr_jax.foreign import check_kinds, parse_json
 
+LONGEST_NAME = 60  # of a group: tables and legends have a column of names
 # Keys that runs of one group may differ in: they change no figure, but for the seed, which is what a group is over.
 SHARED = {"seed", "eval.batch_size", "eval.block_items", "train.log_every", "checkpoint.every_steps"} | (
     FREE_KEYS - {"train.epochs"})
@@ -118,8 +119,8 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
   """Returns the runs by what they differ in, apart from the seed, in the order in which they were given.
 
   Returns:
-    Name -> runs of one config. A name says what tells groups apart, as "refine=value, rank=16"; the only group has the
-    name of its backbone and refinement.
+    Name -> runs of one config. A name says what tells groups apart, as "refine=value, rank=16", or, where that is long,
+    is the folder of the first run; the only group has the name of its backbone and refinement.
 
   Raises:
     ValueError: two runs have the same config and the same seed: one of them twice is no second sample.
@@ -132,15 +133,23 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
         raise ValueError(f"{other.folder} and {run.folder} have the same config and the same seed {run.seed}; leave "
                          "one out, or train it with another --config.seed")
     groups[key].append(run)
-  first = [members[0].config for members in groups.values()]
+  if len(groups) == 1:
+    return {f"{runs[0].config['model.backbone']}, refine={runs[0].config['model.refine']}": list(runs)}
+  names = tell_apart(list(groups.values()))
+  if max(map(len, names)) > LONGEST_NAME:
+    names = [str(members[0].folder) + (f" and {len(members) - 1} more" if len(members) > 1 else "")
+             for members in groups.values()]
+  return dict(zip(names, groups.values(), strict=True))
+
+
+def tell_apart(groups: Sequence[Sequence[Run]]) -> list[str]:
+  """Returns what each group has that not all have, as "refine=value, rank=16"."""
+  first = [members[0].config for members in groups]
   differs = lambda key: len({json.dumps(config.get(key)) for config in first}) > 1  # noqa: E731
   telling = [key for key in sorted({key for config in first for key in config} - SHARED) if differs(key)]
   leaf = lambda key: key.rpartition(".")[2]  # noqa: E731
   is_clear = len({leaf(key) for key in telling}) == len(telling)
-  name = lambda config: ", ".join(f"{leaf(key) if is_clear else key}={config.get(key)}" for key in telling)  # noqa: E731
-  if not telling:
-    return {f"{first[0]['model.backbone']}, refine={first[0]['model.refine']}": list(runs)}
-  return {name(members[0].config): members for members in groups.values()}
+  return [", ".join(f"{leaf(key) if is_clear else key}={config.get(key)}" for key in telling) for config in first]
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
