@@ -107,7 +107,7 @@ def test_data_that_are_not_there_are_one_clear_error(run, workdir, tmp_path):
   moved = tmp_path / "moved.csv"
   shutil.copy(workdir / "log.csv", moved)
   gone = runs.Run(run.folder, run.config | {"data.path": str(tmp_path / "gone.csv")}, run.corpus, [], run.result)
-  with pytest.raises(ValueError, match="cannot be read from .*gone.csv.*--data_path=PATH says where the data lie now"):
+  with pytest.raises(ValueError, match="cannot be read from .*gone.csv.*--data_path=PATH says where they lie now"):
     attention.read_histories(gone)
   assert attention.read_histories(gone, str(moved)).lengths.tolist() == attention.read_histories(run).lengths.tolist()
 
