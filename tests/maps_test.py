@@ -167,6 +167,11 @@ def test_profiles_are_those_of_a_loop_whatever_the_batches(most_users, most_byte
     assert np.isnan(profile.relative(name)[..., 0]).all()
 
 
+def test_profiles_are_multiplied_in_full_precision_on_every_device(trained):
+  program = attention._make_step(trained.backbone).lower(trained.params, np.ones((2, 12), np.int32)).as_text()
+  assert program.count("dot_general") == program.count("precision = [HIGHEST, HIGHEST]") > 0
+
+
 def test_all_users_are_taken_where_there_are_fewer(trained, histories):
   profile = attention.measure_profile(trained, histories, 512)
   assert profile.users == 42

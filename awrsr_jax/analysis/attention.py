@@ -20,7 +20,7 @@ from awrsr_jax.data.splits import users_of
 from awrsr_jax.engine.run_folder import read_data
 from awrsr_jax.inference.standalone import round_up
 from awrsr_jax.inference.trained import Trained
-from awrsr_jax.model.backbones import attention_maps
+from awrsr_jax.model.backbones import attention_maps, in_full_precision
 
 NAMES = {"first_order": "first order", "refined": "refined"}
 LONG = 10  # items of a history that the default user has at least
@@ -172,7 +172,6 @@ def entropy_bits(weights: jax.Array) -> jax.Array:
 def _make_step(backbone: Any) -> Any:
   """Returns a compiled function: params, inputs (B, L) -> queries by number of keys (L,), and for each layer, of each
   kind of weights, their sum over B (H, L, L) and the sum of entropies by number of keys (H, L)."""
-  @jax.jit
   def step(params: Any, inputs_BxL: jax.Array) -> tuple[jax.Array, list[dict[str, tuple[jax.Array, jax.Array]]]]:
     real_BxL, length = inputs_BxL > 0, inputs_BxL.shape[1]
     keys_BxL = jnp.where(real_BxL, jnp.cumsum(real_BxL, axis=1), 0)
@@ -186,7 +185,7 @@ def _make_step(backbone: Any) -> Any:
         of_layer[name] = kept.sum(axis=0), by_keys(bits_NxH)[1:].T
       found.append(of_layer)
     return by_keys(jnp.ones(real_BxL.size, jnp.int32))[1:], found
-  return step
+  return jax.jit(in_full_precision(step))
 
 
 def padded(size: int, most: int) -> int:
