@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import config_flags
 from scipy import sparse
 
+from awrsr_jax.analysis.text import align
 from awrsr_jax.command import parse_flags_or_defaults, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import corpus as corpora
@@ -30,7 +31,7 @@ from awrsr_jax.data.batches import ranking_batches
 from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.data.splits import HELD_OUT
 from awrsr_jax.engine.ranking import describe_protocol, rank_by, summarize
-from awrsr_jax.engine.run_folder import write_json
+from awrsr_jax.engine.run_folder import write_found
 
 Score = Callable[[np.ndarray], np.ndarray]  # as `ranking.rank_by` takes it
 
@@ -176,13 +177,10 @@ def measure(corpus: Corpus, config: Any, neighbours: int) -> dict[str, Any]:
 
 def format_table(baselines: dict[str, dict[str, Any]]) -> str:
   """Returns the "baselines" of `measure` as a table."""
-  width = max(map(len, baselines))
-  titles = [*(f"{split} {metric}" for split, metric in SHOWN), "seconds"]
-  lines = [[" " * width, *titles]]
+  rows = [["", *(f"{split} {metric}" for split, metric in SHOWN), "seconds"]]
   for name, found in baselines.items():
-    cells = [*(f"{found[split][metric]:.4f}" for split, metric in SHOWN), f"{found['seconds']:.1f}"]
-    lines.append([name.ljust(width), *(cell.rjust(len(title)) for cell, title in zip(cells, titles, strict=True))])
-  return "\n".join("  ".join(line) for line in lines)
+    rows.append([name, *(f"{found[split][metric]:.4f}" for split, metric in SHOWN), f"{found['seconds']:.1f}"])
+  return "\n".join(align(rows))
 
 
 def run(config: Any, neighbours: int, out: str | None) -> None:
@@ -202,10 +200,7 @@ def run(config: Any, neighbours: int, out: str | None) -> None:
   print("{name}: {users} users, {items} items, {interactions} interactions".format(**found["corpus"]))
   print(f"{found['protocol']}\n{format_table(found['baselines'])}")
   if out:
-    try:
-      write_json(epath.Path(out), found)
-    except OSError as error:
-      raise ValueError(f"--out={out} cannot be written: {error.strerror}; choose another file") from error
+    write_found(out, found)
 
 
 def main(argv: Sequence[str]) -> None:

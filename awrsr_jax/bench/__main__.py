@@ -24,6 +24,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from awrsr_jax.analysis.text import align
 from awrsr_jax.bench import measures
 from awrsr_jax.command import keep_compiled, parse_flags
 from awrsr_jax.config import REFINEMENTS, finalize
@@ -49,9 +50,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else value
 
   lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join("  ".join(cell.ljust(width) if index == 0 else cell.rjust(width)
-                             for index, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines)
+  return "\n".join(align(lines))
 
 
 def main(argv: Sequence[str]) -> None:

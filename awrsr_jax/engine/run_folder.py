@@ -119,6 +119,18 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def write_found(out: str, found: dict[str, Any]) -> None:
+  """Writes what a command found into the JSON file of its --out, whole or not at all.
+
+  Raises:
+    ValueError: it cannot be written.
+  """
+  try:
+    write_json(epath.Path(out), found)
+  except OSError as error:
+    raise ValueError(f"--out={out} cannot be written: {error.strerror}; choose another file") from error
+
+
 def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: bool = False) -> TextIO:
   """Makes a folder and takes it for this job, until the file returned is closed or the process ends however it ends.
 
