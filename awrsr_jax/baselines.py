@@ -11,7 +11,6 @@ U users, I items, N training interactions, B histories, S their padded length.
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from ml_collections import config_flags
 from scipy import sparse
 
 from awrsr_jax.analysis.text import align
-from awrsr_jax.command import parse_flags_or_defaults, refuse
+from awrsr_jax.command import begin, parse_flags_or_defaults, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import prepared
@@ -167,10 +166,10 @@ def measure(corpus: Corpus, config: Any, neighbours: int) -> dict[str, Any]:
   batches = {split: dataclasses.replace(whole, batch_size=size) for split, whole in batches.items()}
   found: dict[str, dict[str, Any]] = {}
   for name, learn in learners.items():
-    begin = time.monotonic()
+    start = time.monotonic()
     score = learn(corpus, neighbours)
     found[name] = {split: summarize(rank_by(batches[split], score)) for split in HELD_OUT}
-    found[name]["seconds"] = time.monotonic() - begin
+    found[name]["seconds"] = time.monotonic() - start
   return {"protocol": describe_protocol(config.eval.protocol, corpus.split.words), "corpus": corpora.describe(corpus),
           "neighbours": neighbours, "baselines": found}
 
@@ -205,9 +204,7 @@ def run(config: Any, neighbours: int, out: str | None) -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Measures and prints."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
-  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
+  begin(argv)
   try:
     run(finalize(CONFIG.value), NEIGHBOURS.value, OUT.value)
   except ValueError as error:

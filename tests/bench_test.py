@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 
@@ -85,6 +86,13 @@ def test_work_grows_as_the_formula_says(small_config):
   # 16 x 8 positions; 4 x 8 x 8 of q, k, v, out; 2 x 8 x 16 of the block; attention over 4.5 keys; 40 items
   assert operations == 6 * 128 * (256 + 256 + 2 * 8 * 4.5 + 40 * 8)
   assert moved == 32 * measures.count_parameters(finalize(small_config), 40)
+
+
+def test_what_is_wrong_is_one_line_that_moves_no_cursor(monkeypatch):
+  for flag in ("MEASURE", "REFINE"):
+    monkeypatch.setattr(bench, flag, types.SimpleNamespace(value=["\x1b[2J"]))
+  with pytest.raises(SystemExit, match=r"^ValueError: --measure=\\x1b\[2J is not of throughput, step"):
+    bench.main(["bench"])
 
 
 def test_a_table_lines_up():

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 
 from awrsr_jax.analysis.text import align
 from awrsr_jax.bench import measures
-from awrsr_jax.command import keep_compiled, parse_flags
+from awrsr_jax.command import keep_compiled, parse_flags, refuse
 from awrsr_jax.config import REFINEMENTS, finalize
 from awrsr_jax.engine import memory
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     if OUT.value:
       pathlib.Path(OUT.value).write_text(json.dumps(result, indent=2, default=str) + "\n")
   except ValueError as error:
-    sys.exit(f"ValueError: {error}")
+    refuse(error)
 
 
 if __name__ == "__main__":
