@@ -88,6 +88,12 @@ def test_work_grows_as_the_formula_says(small_config):
   assert moved == 32 * measures.count_parameters(finalize(small_config), 40)
 
 
+@pytest.mark.parametrize("data, model, devices", [(1, 1, 1), (2, 2, 4), (-1, 2, 8)])
+def test_the_devices_that_are_named_are_those_of_the_mesh(data, model, devices, small_config):
+  small_config.mesh.data, small_config.mesh.model = data, model
+  assert bench.name_devices(finalize(small_config).mesh) == f"{devices} x cpu"
+
+
 def test_what_is_wrong_is_one_line_that_moves_no_cursor(monkeypatch):
   for flag in ("MEASURE", "REFINE"):
     monkeypatch.setattr(bench, flag, types.SimpleNamespace(value=["\x1b[2J"]))

@@ -29,6 +29,7 @@ from awrsr_jax.bench import measures
 from awrsr_jax.command import keep_compiled, parse_flags, refuse
 from awrsr_jax.config import REFINEMENTS, finalize
 from awrsr_jax.engine import memory
+from awrsr_jax.engine.mesh import mesh_sizes
 
 MEASURES = ("throughput", "step", "memory", "start")
 
@@ -53,6 +54,12 @@ def format_table(rows: list[dict[str, Any]]) -> str:
   return "\n".join(align(lines))
 
 
+def name_devices(mesh: Any) -> str:
+  """Returns how many devices the mesh of a config has here, and their kind. Raises ValueError: see mesh_sizes."""
+  data, model = mesh_sizes(mesh, jax.device_count())
+  return f"{data * model} x {jax.devices()[0].device_kind}"
+
+
 def main(argv: Sequence[str]) -> None:
   """Measures and prints."""
   try:
@@ -63,14 +70,14 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--{flag}={','.join(values)} is not of {', '.join(known)}")
     keep_compiled()
     config = CONFIG.value
-    finalize(config.copy_and_resolve_references())
+    devices = name_devices(finalize(config.copy_and_resolve_references()).mesh)
     turns = measures.Turns(REFINE.value, PEER.value, ROUNDS.value, SECONDS.value, USERS.value)
     measure = {"throughput": lambda: measures.measure_throughput(config, turns),
                "step": lambda: measures.measure_step(config, turns),
                "memory": lambda: measures.measure_memory(config, turns),
                "start": lambda: measures.measure_start([flag for flag in sys.argv[1:] if flag.startswith("--config")])}
-    result = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-              "command": " ".join(sys.argv[1:]), "config": config.to_dict()}
+    result = {"device": f"{devices}, {os.cpu_count()} cores", "command": " ".join(sys.argv[1:]),
+              "config": config.to_dict()}
     print(result["device"])
     for name in MEASURE.value:
       result[name] = measured = measure[name]()
