@@ -11,7 +11,6 @@ U users, I items, N training interactions, B histories, S their padded length.
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,8 @@ from etils import epath
 from ml_collections import config_flags
 from scipy import sparse
 
-from awrsr_jax.command import parse_flags_or_defaults, refuse
+from awrsr_jax.analysis.text import align
+from awrsr_jax.command import begin, parse_flags_or_defaults, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import corpus as corpora
 from awrsr_jax.data import prepared
@@ -30,7 +30,7 @@ from awrsr_jax.data.batches import ranking_batches
 from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.data.splits import HELD_OUT
 from awrsr_jax.engine.ranking import describe_protocol, rank_by, summarize
-from awrsr_jax.engine.run_folder import write_json
+from awrsr_jax.engine.run_folder import write_found
 
 Score = Callable[[np.ndarray], np.ndarray]  # as `ranking.rank_by` takes it
 
@@ -166,23 +166,20 @@ def measure(corpus: Corpus, config: Any, neighbours: int) -> dict[str, Any]:
   batches = {split: dataclasses.replace(whole, batch_size=size) for split, whole in batches.items()}
   found: dict[str, dict[str, Any]] = {}
   for name, learn in learners.items():
-    begin = time.monotonic()
+    start = time.monotonic()
     score = learn(corpus, neighbours)
     found[name] = {split: summarize(rank_by(batches[split], score)) for split in HELD_OUT}
-    found[name]["seconds"] = time.monotonic() - begin
+    found[name]["seconds"] = time.monotonic() - start
   return {"protocol": describe_protocol(config.eval.protocol, corpus.split.words), "corpus": corpora.describe(corpus),
           "neighbours": neighbours, "baselines": found}
 
 
 def format_table(baselines: dict[str, dict[str, Any]]) -> str:
   """Returns the "baselines" of `measure` as a table."""
-  width = max(map(len, baselines))
-  titles = [*(f"{split} {metric}" for split, metric in SHOWN), "seconds"]
-  lines = [[" " * width, *titles]]
+  rows = [["", *(f"{split} {metric}" for split, metric in SHOWN), "seconds"]]
   for name, found in baselines.items():
-    cells = [*(f"{found[split][metric]:.4f}" for split, metric in SHOWN), f"{found['seconds']:.1f}"]
-    lines.append([name.ljust(width), *(cell.rjust(len(title)) for cell, title in zip(cells, titles, strict=True))])
-  return "\n".join("  ".join(line) for line in lines)
+    rows.append([name, *(f"{found[split][metric]:.4f}" for split, metric in SHOWN), f"{found['seconds']:.1f}"])
+  return "\n".join(align(rows))
 
 
 def run(config: Any, neighbours: int, out: str | None) -> None:
@@ -202,17 +199,12 @@ def run(config: Any, neighbours: int, out: str | None) -> None:
   print("{name}: {users} users, {items} items, {interactions} interactions".format(**found["corpus"]))
   print(f"{found['protocol']}\n{format_table(found['baselines'])}")
   if out:
-    try:
-      write_json(epath.Path(out), found)
-    except OSError as error:
-      raise ValueError(f"--out={out} cannot be written: {error.strerror}; choose another file") from error
+    write_found(out, found)
 
 
 def main(argv: Sequence[str]) -> None:
   """Measures and prints."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
-  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
+  begin(argv)
   try:
     run(finalize(CONFIG.value), NEIGHBOURS.value, OUT.value)
   except ValueError as error:

@@ -13,8 +13,9 @@ from absl import app, flags
 from etils import epath
 
 from awrsr_jax.analysis import runs, significance
+from awrsr_jax.analysis.text import align
 from awrsr_jax.command import refuse
-from awrsr_jax.engine.run_folder import write_json
+from awrsr_jax.engine.run_folder import write_found
 from awrsr_jax.foreign import printable
 
 
@@ -36,10 +37,7 @@ def format_table(metric: str, found: dict[str, Any]) -> str:
               *[_show_interval(values["relative_users_and_seeds"], "+.1f")] * has_seeds,
               f"{values['p']:.4f}", f"{values['p_holm']:.4f}"]
     rows.append(row + [""] * (len(titles) - len(row)))
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join("  ".join(cell.rjust(width) if place else cell.ljust(width)
-                             for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-                   for row in rows)
+  return "\n".join(line.rstrip() for line in align(rows))
 
 
 def _show(value: float | None, form: str, unit: str = "") -> str:
@@ -96,10 +94,7 @@ def run(folders: Sequence[str], metrics: Sequence[str], resamples: int, seed: in
       print(printable(f"{name}: {telling}"))
   print(printable(render(found)))
   if out:
-    try:
-      write_json(epath.Path(out), found)
-    except OSError as error:
-      raise ValueError(f"--out={out} cannot be written: {error.strerror}; choose another file") from error
+    write_found(out, found)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,22 +3,19 @@
 Logs may be larger than memory. Afterwards `--config.data.path=prepared/my_log` trains on it.
 """
 
-import logging
 from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from awrsr_jax.command import parse_flags_or_defaults, refuse
+from awrsr_jax.command import begin, parse_flags_or_defaults, refuse
 from awrsr_jax.config import finalize
 from awrsr_jax.data import prepared
 
 
 def main(argv: Sequence[str]) -> None:
   """Prepares, and prints what was made."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
-  logging.getLogger("awrsr_jax").setLevel(logging.INFO)
+  begin(argv)
   try:
     if not OUT.value:
       raise ValueError("--out=FOLDER is missing; it is where the prepared corpus goes")

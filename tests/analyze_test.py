@@ -75,7 +75,8 @@ def test_data_that_moved_are_found(trained, tmp_path, monkeypatch):
   try:
     folders, out = [str(trained / "value")], str(tmp_path / "out")
     [words] = command.analyze(folders, out)
-    assert words.startswith("attention: the histories of ") and "log.csv" in words and "--data_path=PATH" in words
+    assert words.startswith("attention: ") and "--data_path=PATH" in words
+    assert "log.csv cannot be read as the data of" in words
     assert names(tmp_path / "out") == both(FROM_RUNS) | {"report.html"}
     page = check((tmp_path / "out" / "report.html").read_text())
     assert any(words in element["text"] for element in page.find("li"))

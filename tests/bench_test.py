@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 
@@ -85,6 +86,19 @@ def test_work_grows_as_the_formula_says(small_config):
   # 16 x 8 positions; 4 x 8 x 8 of q, k, v, out; 2 x 8 x 16 of the block; attention over 4.5 keys; 40 items
   assert operations == 6 * 128 * (256 + 256 + 2 * 8 * 4.5 + 40 * 8)
   assert moved == 32 * measures.count_parameters(finalize(small_config), 40)
+
+
+@pytest.mark.parametrize("data, model, devices", [(1, 1, 1), (2, 2, 4), (-1, 2, 8)])
+def test_the_devices_that_are_named_are_those_of_the_mesh(data, model, devices, small_config):
+  small_config.mesh.data, small_config.mesh.model = data, model
+  assert bench.name_devices(finalize(small_config).mesh) == f"{devices} x cpu"
+
+
+def test_what_is_wrong_is_one_line_that_moves_no_cursor(monkeypatch):
+  for flag in ("MEASURE", "REFINE"):
+    monkeypatch.setattr(bench, flag, types.SimpleNamespace(value=["\x1b[2J"]))
+  with pytest.raises(SystemExit, match=r"^ValueError: --measure=\\x1b\[2J is not of throughput, step"):
+    bench.main(["bench"])
 
 
 def test_a_table_lines_up():

@@ -33,7 +33,7 @@ from figures_test import write_run
 from prepared_test import make_config, write_log
 from report_test import NASTY
 
-from awrsr_jax import analyze, command, describe, foreign, recommend
+from awrsr_jax import analyze, command, describe, evaluate, foreign, recommend
 from awrsr_jax.analysis import attention, maps, report, results, runs
 from awrsr_jax.config import default, walk
 from awrsr_jax.data import from_tfds, log, movielens, prepared, readers
@@ -633,11 +633,17 @@ def test_a_data_set_of_others_is_not_run_by_its_name(monkeypatch):
     from_tfds.read_tfds(data)
 
 
-@pytest.mark.parametrize("changes", [{"data.tfds.name": "c4"}, {"data.format": "tfds"}])
-def test_looking_at_a_run_of_others_downloads_no_data_set_that_it_names(changes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes, words", [
+    ({"data.tfds.name": "c4"}, "may not have it downloaded here; --data_path"),
+    ({"data.format": "tfds"}, "may not have it downloaded here; --data_path"),
+    ({}, "was trained on a table that was given from Python; --data_path=FILE names a file of its rows")])
+def test_looking_at_a_run_of_others_downloads_no_data_set_that_it_names(changes, words, tmp_path, monkeypatch):
   monkeypatch.setattr(from_tfds, "_open_name", lambda name: pytest.fail("asked for"))
-  with pytest.raises(ValueError, match=r"may not have it downloaded here; --data_path"):
-    attention.read_histories(runs.read_run(write_run(tmp_path / "run", 0, changes, ranks=False)))
+  monkeypatch.setattr(evaluate, "load", lambda *_: make_trained({"data.name": ""} | changes))
+  run = runs.read_run(write_run(tmp_path / "run", 0, changes, ranks=False))
+  for use in (lambda: attention.read_histories(run), lambda: evaluate.evaluate(run.folder)):
+    with pytest.raises(ValueError, match=words):
+      use()
 
 
 def test_a_config_that_others_stored_is_only_data(run, tmp_path):

@@ -107,7 +107,7 @@ def test_data_that_are_not_there_are_one_clear_error(run, workdir, tmp_path):
   moved = tmp_path / "moved.csv"
   shutil.copy(workdir / "log.csv", moved)
   gone = runs.Run(run.folder, run.config | {"data.path": str(tmp_path / "gone.csv")}, run.corpus, [], run.result)
-  with pytest.raises(ValueError, match="cannot be read from .*gone.csv.*--data_path=PATH says where the data lie now"):
+  with pytest.raises(ValueError, match="gone.csv cannot be read as the data of .*--data_path=PATH says where they"):
     attention.read_histories(gone)
   assert attention.read_histories(gone, str(moved)).lengths.tolist() == attention.read_histories(run).lengths.tolist()
 
@@ -165,6 +165,11 @@ def test_profiles_are_those_of_a_loop_whatever_the_batches(most_users, most_byte
     np.testing.assert_allclose(profile.relative(name)[..., 1:], entropy[name][..., 1:] / np.log2(np.arange(2, 13)),
                                atol=1e-5)
     assert np.isnan(profile.relative(name)[..., 0]).all()
+
+
+def test_profiles_are_multiplied_in_full_precision_on_every_device(trained):
+  program = attention._make_step(trained.backbone).lower(trained.params, np.ones((2, 12), np.int32)).as_text()
+  assert program.count("dot_general") == program.count("precision = [HIGHEST, HIGHEST]") > 0
 
 
 def test_all_users_are_taken_where_there_are_fewer(trained, histories):

@@ -151,7 +151,7 @@ def test_a_run_that_is_told_to_stop_anywhere_ends_bit_equal(small_config, tmp_pa
 
 @pytest.mark.parametrize("start", [0, 5])
 def test_the_speed_of_a_line_is_that_of_training_since_the_start_or_the_last_line(start, small_config, monkeypatch):
-  """A step of 10 positions takes 2 s, a line has 3 steps, the last 1, and after every fourth step ranking takes 100 s."""
+  """A step of 10 positions takes 2 s, a line has 3 steps, the last 1; after every fourth step ranking takes 100 s."""
   clock, lines, small_config.train.epochs = [0.0], [], 4  # 16 steps
   monkeypatch.setattr(train_module.time, "monotonic", lambda: clock[0])
   write = lambda step, epoch, split, values: lines.append(values)  # noqa: E731

@@ -253,16 +253,31 @@ def test_a_run_that_is_evaluated_again_gives_its_own_numbers_and_is_left_as_it_i
 
 def test_a_run_is_evaluated_under_another_protocol(run, monkeypatch):
   monkeypatch.setattr(batches, "NUM_CANDIDATES", 5)
-  found = evaluate(run[1], "popular100", data=run[0].data.path)
+  found = evaluate(run[1], "popular100")
   assert found["protocol"].count("SAMPLED") == 1 and found["test"]["hr@10"] == found["valid"]["hr@10"] == 1
   assert 0 < found["test"]["hr@1"] < 1
 
 
+def test_a_run_is_evaluated_on_data_that_moved(run, tmp_path):
+  log = run[1].parent / "log.csv"
+  moved = shutil.move(log, tmp_path / "moved.csv")
+  try:
+    with pytest.raises(ValueError, match="log.csv cannot be read as the data of .*: no such file.*--data_path=PATH"):
+      evaluate(run[1])
+    result = json.loads((run[1] / "result.json").read_text())
+    assert evaluate(run[1], data_path=moved)["test"] == result["test"]
+  finally:
+    shutil.move(moved, log)
+
+
 def test_a_run_is_evaluated_on_its_own_data_alone(run, tmp_path):
   lines = (run[1].parent / "log.csv").read_text().splitlines()
-  (tmp_path / "other.csv").write_text("\n".join(lines[:-1]) + "\n")
-  with pytest.raises(ValueError, match="was made from another corpus: .*fingerprint.*Use the same data"):
-    evaluate(run[1], data=str(tmp_path / "other.csv"))
+  for name, words, changed in (("fewer", "corpus differ, 50 users", lines[:-1]),
+                               ("renamed", "raw item ids differ", [line.replace(",i", ",x") for line in lines])):
+    changed[0] = lines[0]
+    (tmp_path / f"{name}.csv").write_text("\n".join(changed) + "\n")
+    with pytest.raises(ValueError, match=f"{name}.csv is not the data of .*{words}.*--data_path=PATH says where"):
+      evaluate(run[1], data_path=str(tmp_path / f"{name}.csv"))
 
 
 # --- what is no run

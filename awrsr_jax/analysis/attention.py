@@ -14,14 +14,13 @@ import numpy as np
 
 from awrsr_jax.analysis.runs import Run
 from awrsr_jax.config import restore
-from awrsr_jax.data import corpus as corpora
-from awrsr_jax.data import prepared
 from awrsr_jax.data.batches import gather_rows, history_lengths
 from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.data.splits import users_of
+from awrsr_jax.engine.run_folder import read_data
 from awrsr_jax.inference.standalone import round_up
 from awrsr_jax.inference.trained import Trained
-from awrsr_jax.model.backbones import attention_maps
+from awrsr_jax.model.backbones import attention_maps, in_full_precision
 
 NAMES = {"first_order": "first order", "refined": "refined"}
 LONG = 10  # items of a history that the default user has at least
@@ -82,29 +81,14 @@ def read_histories(run: Run, data_path: str | None = None) -> Histories:
     data_path: where the data lie now, instead of `config.data.path`.
 
   Raises:
-    ValueError: the data are not there, or are another corpus than the run's; or no test target has a history.
+    ValueError: see `run_folder.read_data`; or no test target has a history.
   """
-  moved = {"data.path": data_path, "data.format": "auto"} if data_path else {}
-  data = restore(run.config | moved, f"{run.folder}/config.json").data
-  if not data.path and (data.tfds.name or data.format == "tfds"):
-    raise ValueError(f"{run.folder} was trained on the TFDS data set {data.tfds.name!r}, and a run folder may not have "
-                     "it downloaded here; --data_path=FOLDER says where it is prepared")
-  path = data.path or data.name or "a table that was given from Python"
-  try:
-    corpus = prepared.load(data)
-  except (ValueError, OSError) as error:
-    raise ValueError(f"the histories of {run.folder} cannot be read from {path}: {error}. --data_path=PATH says where "
-                     "the data lie now") from error
-  found = corpora.describe(corpus)
-  for key, what in (("fingerprint", "corpus"), ("numbering", "raw item ids")):
-    if found[key] != run.corpus[key]:
-      raise ValueError(f"{path} is not the data of {run.folder}: the {what} differ, {found['users']} users and "
-                       f"{found['items']} items there, {run.corpus['users']} and {run.corpus['items']} in the run; "
-                       "--data_path=PATH says where the run's data lie")
+  data = restore(run.config, f"{run.folder}/config.json").data
+  corpus = read_data(data, run.corpus, run.folder, data_path)
   ends = np.sort(corpus.split.targets["test"])
   ends = ends[history_lengths(corpus, ends) > 0]
   if not len(ends):
-    raise ValueError(f"{path}: no test target has a history, so there is no attention to look at")
+    raise ValueError(f"{run.folder}: no test target has a history, so there is no attention to look at")
   users = users_of(corpus.offsets, ends)
   newest = np.append(users[1:] != users[:-1], True)
   return Histories(corpus, users[newest], ends[newest])
@@ -188,7 +172,6 @@ def entropy_bits(weights: jax.Array) -> jax.Array:
 def _make_step(backbone: Any) -> Any:
   """Returns a compiled function: params, inputs (B, L) -> queries by number of keys (L,), and for each layer, of each
   kind of weights, their sum over B (H, L, L) and the sum of entropies by number of keys (H, L)."""
-  @jax.jit
   def step(params: Any, inputs_BxL: jax.Array) -> tuple[jax.Array, list[dict[str, tuple[jax.Array, jax.Array]]]]:
     real_BxL, length = inputs_BxL > 0, inputs_BxL.shape[1]
     keys_BxL = jnp.where(real_BxL, jnp.cumsum(real_BxL, axis=1), 0)
@@ -202,7 +185,7 @@ def _make_step(backbone: Any) -> Any:
         of_layer[name] = kept.sum(axis=0), by_keys(bits_NxH)[1:].T
       found.append(of_layer)
     return by_keys(jnp.ones(real_BxL.size, jnp.int32))[1:], found
-  return step
+  return jax.jit(in_full_precision(step))
 
 
 def padded(size: int, most: int) -> int:

@@ -24,10 +24,12 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from awrsr_jax.analysis.text import align
 from awrsr_jax.bench import measures
-from awrsr_jax.command import keep_compiled, parse_flags
+from awrsr_jax.command import keep_compiled, parse_flags, refuse, require_config
 from awrsr_jax.config import REFINEMENTS, finalize
 from awrsr_jax.engine import memory
+from awrsr_jax.engine.mesh import mesh_sizes
 
 MEASURES = ("throughput", "step", "memory", "start")
 
@@ -49,9 +51,13 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else value
 
   lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join("  ".join(cell.ljust(width) if index == 0 else cell.rjust(width)
-                             for index, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines)
+  return "\n".join(align(lines))
+
+
+def name_devices(mesh: Any) -> str:
+  """Returns how many devices the mesh of a config has here, and their kind. Raises ValueError: see mesh_sizes."""
+  data, model = mesh_sizes(mesh, jax.device_count())
+  return f"{data * model} x {jax.devices()[0].device_kind}"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,14 +70,14 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--{flag}={','.join(values)} is not of {', '.join(known)}")
     keep_compiled()
     config = CONFIG.value
-    finalize(config.copy_and_resolve_references())
+    devices = name_devices(finalize(config.copy_and_resolve_references()).mesh)
     turns = measures.Turns(REFINE.value, PEER.value, ROUNDS.value, SECONDS.value, USERS.value)
     measure = {"throughput": lambda: measures.measure_throughput(config, turns),
                "step": lambda: measures.measure_step(config, turns),
                "memory": lambda: measures.measure_memory(config, turns),
                "start": lambda: measures.measure_start([flag for flag in sys.argv[1:] if flag.startswith("--config")])}
-    result = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-              "command": " ".join(sys.argv[1:]), "config": config.to_dict()}
+    result = {"device": f"{devices}, {os.cpu_count()} cores", "command": " ".join(sys.argv[1:]),
+              "config": config.to_dict()}
     print(result["device"])
     for name in MEASURE.value:
       result[name] = measured = measure[name]()
@@ -83,9 +89,9 @@ def main(argv: Sequence[str]) -> None:
     if OUT.value:
       pathlib.Path(OUT.value).write_text(json.dumps(result, indent=2, default=str) + "\n")
   except ValueError as error:
-    sys.exit(f"ValueError: {error}")
+    refuse(error)
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
+  require_config()
   app.run(main, flags_parser=parse_flags)

@@ -142,11 +142,10 @@ def prepare(data: ml_collections.ConfigDict, out: str | os.PathLike[str], memory
     try:
       made = _prepare(data, partial, memory)
     except (OSError, duckdb.IOException, duckdb.OutOfMemoryException, RuntimeError) as error:
-      reason = str(error).split("\n", 1)[0]
       if getattr(error, "errno", None) not in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         raise
-      raise ValueError(f"--out={out} cannot be prepared: {reason}. It needs about the size of the log as space beside "
-                       "it; --memory_mib is what the database may take of memory") from error
+      raise ValueError(f"--out={out} cannot be prepared: {logs.first_line(error)}. It needs about the size of the "
+                       "log as space beside it; --memory_mib is what the database may take of memory") from error
     os.rename(partial, out)
   (out / ".lock").unlink()
   return made

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+import ml_collections
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -32,7 +33,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from awrsr_jax.config import default, walk
+from awrsr_jax.data import corpus as corpora
+from awrsr_jax.data import prepared
 from awrsr_jax.data.batches import RankingBatches, history_lengths
+from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.foreign import check_kinds, parse_json
 
 LOG = logging.getLogger(__name__)
@@ -113,6 +117,18 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
 def write_json(path: epath.Path, content: dict[str, Any]) -> None:
   """Writes a JSON file whole or not at all."""
   write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_found(out: str, found: dict[str, Any]) -> None:
+  """Writes what a command found into the JSON file of its --out, whole or not at all.
+
+  Raises:
+    ValueError: it cannot be written.
+  """
+  try:
+    write_json(epath.Path(out), found)
+  except OSError as error:
+    raise ValueError(f"--out={out} cannot be written: {error.strerror}; choose another file") from error
 
 
 def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: float = 0) -> TextIO:
@@ -300,6 +316,43 @@ def check_same_corpus(workdir: str | os.PathLike[str], before: dict[str, Any], n
   if changed:
     raise ValueError(f"--workdir={workdir} was made from another corpus: {'; '.join(changed)}. Use the same data, or "
                      "another --workdir")
+
+
+def read_data(data: Any, recorded: dict[str, Any], where: str | os.PathLike[str],
+              data_path: str | os.PathLike[str] | None = None) -> Corpus:
+  """Reads the data of a run again, as whoever uses a run does: nothing is downloaded by a name of TFDS.
+
+  Args:
+    data: `config.data` of the run.
+    recorded: what `corpus.describe` said of them; of it what tells of histories, splits and raw item ids is compared.
+    where: the run folder, for messages.
+    data_path: where the data lie now, instead of `data.path`.
+
+  Raises:
+    ValueError: a TFDS data set is named without its folder, or nothing is, as of a table from Python; the data are not
+      there, or they are not those of the run.
+  """
+  if data_path:
+    data = ml_collections.ConfigDict(data.to_dict() | {"path": os.fspath(data_path), "format": "auto"})
+  if not data.path and (data.tfds.name or data.format == "tfds"):
+    raise ValueError(f"{where} was trained on the TFDS data set {data.tfds.name!r}, and a run folder may not have it "
+                     "downloaded here; --data_path=FOLDER says where it is prepared")
+  path = data.path or data.name
+  if not path:
+    raise ValueError(f"{where} was trained on a table that was given from Python; --data_path=FILE names a file of its "
+                     "rows")
+  try:
+    corpus = prepared.load(data)
+  except (ValueError, OSError) as error:
+    raise ValueError(f"{path} cannot be read as the data of {where}: {error}. --data_path=PATH says where they lie "
+                     "now") from error
+  found = corpora.describe(corpus)
+  for key, what in (("fingerprint", "corpus"), ("numbering", "raw item ids")):
+    if found[key] != recorded[key]:
+      raise ValueError(f"{path} is not the data of {where}: the {what} differ, {found['users']} users and "
+                       f"{found['items']} items there, {recorded['users']} and {recorded['items']} in the run; "
+                       "--data_path=PATH says where the run's data lie")
+  return corpus
 
 
 class MetricsWriter:
