@@ -50,7 +50,7 @@ def require_config() -> None:
 
 
 def begin(argv: Sequence[str]) -> None:
-  """What commands that use a run begin with: no arguments but flags, few words of libraries, kept programs."""
+  """What commands begin with: no arguments but flags, few words of libraries, kept programs."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; flags start with --")
   absl_logging.set_verbosity(absl_logging.WARNING)

@@ -19,7 +19,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from awrsr_jax.config import default, finalize
-from awrsr_jax.engine import run_folder
+from awrsr_jax.engine import metrics, run_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 CORPUS = {"name": "one", "fingerprint": "abc", "users": 3, "items": 4, "interactions": 12}
@@ -268,16 +268,16 @@ def test_lines_of_a_lost_part_and_damaged_lines_go_and_the_others_stay_as_they_w
   bad = ['{"step": 5, "lo\n', "[1]\n", "7\n", '{"loss": 1}\n', "\n", '{"step": null}\n', "\x00\x00\n"]
   lost = [line(6, split="valid"), line(7, split="train"), line(6, split="late")[:-1]]
   path.write_text("".join([good[0], *bad, good[1], good[2], *lost]))
-  assert run_folder.keep_lines(epath.Path(path), 6) == "".join(good)
+  assert metrics.keep_lines(epath.Path(path), 6) == "".join(good)
   assert path.read_text() == "".join(good) and os.listdir(tmp_path) == ["metrics.jsonl"]
   assert len([record for record in caplog.records if "damaged line" in record.message]) == len(bad)
 
 
 def test_no_lines_are_kept_of_nothing(tmp_path):
-  assert run_folder.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 6) == ""
+  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 6) == ""
   assert os.listdir(tmp_path) == []
   (tmp_path / "metrics.jsonl").write_text(line(1) + line(2))
-  assert run_folder.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 0) == ""
+  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 0) == ""
   assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -300,7 +300,7 @@ def read_events(folder):
 
 
 def test_metrics_are_json_lines_and_tensorboard_events(tmp_path):
-  writer = run_folder.MetricsWriter(tmp_path, 0, 10)
+  writer = metrics.MetricsWriter(tmp_path, 0, 10)
   writer.write(3, 1, "train", {"loss": 0.1, "interactions_per_sec": 1234.5})
   writer.write(4, 1, "valid", {"ndcg@10": 0.25})
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2  # there at once, for who watches
@@ -316,7 +316,7 @@ def test_metrics_are_json_lines_and_tensorboard_events(tmp_path):
 
 def test_a_resumed_writer_goes_on_after_its_step(tmp_path):
   for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-    writer = run_folder.MetricsWriter(tmp_path, start, 10)
+    writer = metrics.MetricsWriter(tmp_path, start, 10)
     for step in steps:
       writer.advance(step)
       writer.write(step, 1, "train", {"loss": start + step / 8})
@@ -329,7 +329,7 @@ def test_a_resumed_writer_goes_on_after_its_step(tmp_path):
 
 def test_without_a_terminal_each_line_is_logged(tmp_path, caplog):
   caplog.set_level(logging.INFO)
-  writer = run_folder.MetricsWriter(tmp_path, 0, 10)
+  writer = metrics.MetricsWriter(tmp_path, 0, 10)
   writer.write(5, 2, "valid", {"ndcg@10": 0.125})
   writer.close()
   assert "step 5/10 epoch 2 valid ndcg@10=0.125 eta" in caplog.text
@@ -344,7 +344,7 @@ def test_a_bucket_gets_whole_files_and_no_lock(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="another config"):
     open_and_close(tmp_path, model__width=32)
   for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-    writer = run_folder.MetricsWriter(tmp_path, start, 10)
+    writer = metrics.MetricsWriter(tmp_path, start, 10)
     for step in steps:
       writer.write(step, 1, "train", {"loss": start + step / 8})
       assert len((tmp_path / "metrics.jsonl").read_text().splitlines() if start else []) in (0, 2)

@@ -23,7 +23,7 @@ from awrsr_jax.config import finalize, walk
 from awrsr_jax.data import batches as data_batches
 from awrsr_jax.data import cooccurrence, prepared
 from awrsr_jax.data import corpus as data_corpus
-from awrsr_jax.engine import checkpoint, compiling, memory, processes, ranking, run_folder
+from awrsr_jax.engine import checkpoint, compiling, memory, metrics, processes, ranking, run_folder
 from awrsr_jax.engine import feed as feeds
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import NO_STEP, TrainState, init_state, make_optimizer, make_schedule
@@ -208,7 +208,7 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
   constants = {"config": config.to_dict(), "corpus": data_corpus.describe(job.corpus),
                "ids_are_numbers": job.corpus.item_ids.dtype.kind == "i"}
   ids = encode_items(job.corpus)
-  writer = run_folder.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else run_folder.NoWriter()
+  writer = metrics.MetricsWriter(workdir, step, job.total_steps) if processes.is_first() else metrics.NoWriter()
   line = Line(job, writer, step)
   if job.items is None:
     calls = feeds.streamed_calls(job.mesh, job.batches, step)
@@ -219,9 +219,9 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
     if job.evaluates(step):
       paused = time.monotonic()
       ranks = ranking.rank_users(job.rank_step, state.params, job.ranking["valid"], job.mesh, told_to_stop, job.items)
-      metrics = processes.from_first(ranking.summarize(ranks))
-      writer.write(step, job.epoch(step), "valid", metrics)
-      record = note_evaluation(record, step, metrics[CHOSEN_BY])
+      found = processes.from_first(ranking.summarize(ranks))
+      writer.write(step, job.epoch(step), "valid", found)
+      record = note_evaluation(record, step, found[CHOSEN_BY])
       line.leave_out(time.monotonic() - paused)
     if step == job.total_steps or is_over(config, record):
       break
@@ -252,7 +252,7 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
 class Line:
   """The training line of metrics.jsonl: takes device values after a step, reads them one step later."""
 
-  def __init__(self, job: Job, writer: run_folder.MetricsWriter | run_folder.NoWriter, step: int):
+  def __init__(self, job: Job, writer: metrics.MetricsWriter | metrics.NoWriter, step: int):
     """Begins at a step, in the middle of a window where a run goes on."""
     self._job, self._writer = job, writer
     self._schedule = make_schedule(job.config.train, job.total_steps)

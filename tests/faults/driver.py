@@ -44,7 +44,7 @@ def strike(action: str, at: int, pattern: str, folder: str) -> None:
       fill(folder) if action == "fill" else os.kill(os.getpid(), signal.SIGKILL)
   sys.addaudithook(watch)
 
-  from awrsr_jax.engine.run_folder import MetricsWriter
+  from awrsr_jax.engine.metrics import MetricsWriter
   fsync, write = os.fsync, MetricsWriter.write
 
   def audited_fsync(file: int) -> None:
