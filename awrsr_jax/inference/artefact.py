@@ -50,8 +50,9 @@ from awrsr_jax.model.hidden import table_rows
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
 CHECKED = 64  # histories of a parity check: one batch, so that the live model pads them to the same length
-# Largest difference of a score, relative to the largest score. With bfloat16 inside, which GPUs (TF32) and TPUs have in
-# the products of a float32 model too, a program may round once more or less where it was fused differently: by 2^-8.
+# Largest difference of a score, relative to the largest score: of a float32 model on a CPU, and else. A bfloat16 model
+# may round once more or less where a program was fused differently, by 2^-8. A float32 model multiplies in full
+# precision on any device, here and in the artefact; but others add up in orders of their own, which was not tried.
 TOLERANCE, COARSE = 1e-6, 2 ** -8
 # Runs recommender.py where neither this package nor what only training needs can be imported.
 FRESH = """import runpy, sys
@@ -119,7 +120,7 @@ def check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose_backend(platforms: Sequence[str]) -> str:
-  """Returns where an artefact is checked: "cpu", where products are exact in float32, or else what is here.
+  """Returns where an artefact is checked: "cpu", whose bound for float32 is the tightest, or else what is here.
 
   Raises:
     ValueError: it cannot run here.
