@@ -70,6 +70,14 @@ def test_weights_are_those_of_the_model(trained):
   assert np.abs(found.layers[0].change).max() > 1e-4  # the preset refines
 
 
+def test_maps_and_effects_are_of_products_in_full_precision_on_every_device(trained):
+  inputs = jnp.ones((1, 8), jnp.int32)
+  for step, *arguments in ((explain.make_layers_step(trained.backbone), inputs),
+                           (explain.make_log_p_step(trained.backbone), inputs, jnp.int32([3, 4]))):
+    program = step.lower(trained.params, *arguments).as_text()
+    assert program.count("dot_general") == program.count("precision = [HIGHEST, HIGHEST]") > 0
+
+
 def test_only_the_newest_known_items_are_explained(trained):
   history = list(range(1, 21))
   found = trained.explain([*history, "unknown"], k=2)

@@ -23,7 +23,7 @@ from awrsr_jax.inference import artefact, standalone
 from awrsr_jax.inference.artefact import export, on_one_device
 from awrsr_jax.inference.standalone import Catalogue, Recommender
 from awrsr_jax.inference.trained import Trained, load
-from awrsr_jax.model.backbones import build_backbone
+from awrsr_jax.model.backbones import build_backbone, param_shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOLERANCE = 1e-6  # of scores, relative to the largest
@@ -64,10 +64,8 @@ def make_trained(changes, items=40):
   config.update_from_flattened_dict(changes)
   config = finalize(config)
   backbone = build_backbone(config, items)
-  inputs = jax.ShapeDtypeStruct((1, config.data.max_length), np.int32)
-  shapes = jax.eval_shape(backbone.init, jax.random.key(0), inputs)["params"]
   rng = np.random.default_rng(1)
-  params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+  params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), param_shapes(backbone))
   mesh = meshes.make_mesh(types.SimpleNamespace(data=1, model=1))
   corpus = {"name": "made", "fingerprint": "0" * 64, "split": {"words": "leave-one-out"}}
   catalogue = Catalogue(list(range(101, 101 + items)), [""] * items, "nowhere")

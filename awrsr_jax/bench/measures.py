@@ -23,7 +23,7 @@ from awrsr_jax.engine import memory, objective
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.state import init_state
 from awrsr_jax.engine.train import Job, make_job
-from awrsr_jax.model.backbones import build_backbone
+from awrsr_jax.model.backbones import build_backbone, param_shapes
 from awrsr_jax.model.blocks import SelfAttention
 from awrsr_jax.model.hidden import hide_other_rows
 from awrsr_jax.model.refine import build_refinement
@@ -146,9 +146,7 @@ def count_work(config: Any, items: int) -> tuple[float, float]:
 
 def count_parameters(config: Any, items: int) -> int:
   """Returns the number of parameters."""
-  backbone = build_backbone(config, items)
-  shapes = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, config.data.max_length), jnp.int32))
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+  return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(build_backbone(config, items))))
 
 
 def measure_machine() -> tuple[float, float]:
@@ -205,7 +203,7 @@ def plan_loss(config: ml_collections.ConfigDict, dense: bool, items: int) -> int
   mesh = meshes.make_mesh(ml_collections.ConfigDict({"data": 1, "model": 1}))
   rows, length = config.train.batch_size, config.data.max_length
   inputs = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-  params = jax.eval_shape(backbone.init, jax.random.key(0), inputs)
+  params = {"params": param_shapes(backbone)}
   catalogue = jax.eval_shape(lambda params: backbone.apply(params, method="catalogue"), params)
   hidden = jax.eval_shape(lambda params, inputs: backbone.apply(params, inputs, method="encode"), params, inputs)
 

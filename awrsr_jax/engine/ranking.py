@@ -20,7 +20,7 @@ from awrsr_jax.engine import processes
 from awrsr_jax.engine.feed import Feed, build_rows, place_rows
 from awrsr_jax.engine.mesh import stop_flags, to_global
 from awrsr_jax.model.backbones import encode_newest, in_full_precision
-from awrsr_jax.model.hidden import Hidden, hide_other_rows
+from awrsr_jax.model.hidden import Hidden, make_block_scan
 
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
 PROTOCOLS = {
@@ -56,49 +56,34 @@ def rank_among_all(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Hidd
     (B,) float32 ranks, from 1; NaN where a score was NaN.
   """
   def rank_rows(catalogue: Any, hidden: Hidden, target_B: jax.Array, seen_BxS: jax.Array) -> jax.Array:
-    rows = len(jax.tree.leaves(catalogue)[0])
-    size = min(block_items, rows, EXACT)
-    starts = jnp.arange(0, rows, size)
-    first_row = jax.lax.axis_index("model") * rows
+    first_row = jax.lax.axis_index("model") * len(jax.tree.leaves(catalogue)[0])
+    scan = make_block_scan(backbone.score_rows, hidden, catalogue, first_row, backbone.num_items,
+                           min(block_items, EXACT))
     user = jnp.arange(len(target_B))
 
-    def score_block(start: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-      """Returns (B, K) scores, their item numbers, and which of them no earlier block had (the last one overlaps)."""
-      inside = jnp.minimum(start, rows - size)
-      block = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, inside, size), catalogue)
-      item = first_row + inside + jnp.arange(size)
-      scores = hide_other_rows(backbone.score_rows(hidden, block), first_row + inside, backbone.num_items)
-      return scores, item, item >= first_row + start
+    def read_target(target_score_B: jax.Array, scores: jax.Array, first: jax.Array, _: jax.Array) -> jax.Array:
+      size = scores.shape[1]
+      here = (target_B >= first) & (target_B < first + size)
+      return jnp.where(here, scores[user, jnp.clip(target_B - first, 0, size - 1)], target_score_B)
 
-    only = score_block(0) if size == rows else None
-
-    def go_through(step: Callable, carry: Any) -> Any:
-      return step(carry, 0)[0] if only else jax.lax.scan(step, carry, starts)[0]
-
-    def read_target(target_score_B: jax.Array, start: int | jax.Array) -> tuple[jax.Array, None]:
-      scores, item, _ = only or score_block(start)
-      here = (target_B >= item[0]) & (target_B <= item[-1])
-      return jnp.where(here, scores[user, jnp.clip(target_B - item[0], 0, size - 1)], target_score_B), None
-
-    target_score_B = go_through(read_target, jnp.full(len(target_B), -jnp.inf))
-    target_score_B = jax.lax.pmax(target_score_B, "model")
+    target_score_B = jax.lax.pmax(scan(read_target, jnp.full(len(target_B), -jnp.inf)), "model")
 
     def halves(scores: jax.Array) -> jax.Array:
       """Returns 2 where a score is higher than the target's, 1 where it is tied, NaN where it is broken."""
       above = (scores > target_score_B[:, None]).astype(jnp.float32) + (scores >= target_score_B[:, None])
       return jnp.where(jnp.isnan(scores), jnp.nan, jnp.where(scores > -jnp.inf, above, 0))
 
-    def compare(carry: tuple[jax.Array, jax.Array], start: int | jax.Array) -> tuple[Any, None]:
+    def compare(carry: tuple[jax.Array, jax.Array], scores: jax.Array, first: jax.Array,
+                is_new: jax.Array) -> tuple[jax.Array, jax.Array]:
       total, broken = carry
-      scores, item, new = only or score_block(start)
-      column = jnp.clip(apart - item[0], 0, size - 1)
-      here = (apart == item[column]) & new[column]
-      count = jnp.sum(jnp.where(new[None], halves(scores), 0), axis=1) - jnp.sum(
+      column = jnp.clip(apart - first, 0, scores.shape[1] - 1)
+      here = (apart == first + column) & is_new[column]
+      count = jnp.sum(jnp.where(is_new[None], halves(scores), 0), axis=1) - jnp.sum(
           jnp.where(here, halves(jnp.take_along_axis(scores, column, axis=1)), 0), axis=1)
-      return (total + jnp.nan_to_num(count).astype(jnp.int32), broken | jnp.isnan(count)), None
+      return total + jnp.nan_to_num(count).astype(jnp.int32), broken | jnp.isnan(count)
 
     apart = jnp.concatenate([target_B[:, None], once(seen_BxS, target_B)], axis=1)  # no rivals
-    total, broken = go_through(compare, (jnp.zeros(len(target_B), jnp.int32), jnp.zeros(len(target_B), bool)))
+    total, broken = scan(compare, (jnp.zeros(len(target_B), jnp.int32), jnp.zeros(len(target_B), bool)))
     total, broken = jax.lax.psum((total, broken.astype(jnp.int32)), "model")
     return jnp.where(broken > 0, jnp.nan, 1 + total / 2)
 

@@ -37,6 +37,7 @@ from jax.sharding import AxisType, Mesh
 import awrsr_jax
 from awrsr_jax.config import walk
 from awrsr_jax.data.prepared import hash_file
+from awrsr_jax.engine.checkpoint import name_arrays
 from awrsr_jax.engine.ranking import describe_protocol
 from awrsr_jax.engine.run_folder import is_remote, nest
 from awrsr_jax.foreign import parse_json, plain
@@ -50,8 +51,9 @@ from awrsr_jax.model.hidden import table_rows
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
 CHECKED = 64  # histories of a parity check: one batch, so that the live model pads them to the same length
-# Largest difference of a score, relative to the largest score. With bfloat16 inside, which GPUs (TF32) and TPUs have in
-# the products of a float32 model too, a program may round once more or less where it was fused differently: by 2^-8.
+# Largest difference of a score, relative to the largest score: of a float32 model on a CPU, and else. A bfloat16 model
+# may round once more or less where a program was fused differently, by 2^-8. A float32 model multiplies in full
+# precision on any device, here and in the artefact; but others add up in orders of their own, which was not tried.
 TOLERANCE, COARSE = 1e-6, 2 ** -8
 # Runs recommender.py where neither this package nor what only training needs can be imported.
 FRESH = """import runpy, sys
@@ -119,7 +121,7 @@ def check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose_backend(platforms: Sequence[str]) -> str:
-  """Returns where an artefact is checked: "cpu", where products are exact in float32, or else what is here.
+  """Returns where an artefact is checked: "cpu", whose bound for float32 is the tightest, or else what is here.
 
   Raises:
     ValueError: it cannot run here.
@@ -132,11 +134,6 @@ def choose_backend(platforms: Sequence[str]) -> str:
     return here
   raise ValueError(f"an artefact for {', '.join(platforms)} cannot be checked here, on {here}; add cpu to --platforms, "
                    "or leave the check out with --nocheck")
-
-
-def name_params(params: Any) -> dict[str, Any]:
-  """Returns path -> array or shape: "blocks_0/attention/query/kernel"."""
-  return traverse_util.flatten_dict(params, sep="/")
 
 
 def export_program(trained: Trained, k: int, platforms: Sequence[str]) -> jax_export.Exported:
@@ -158,7 +155,7 @@ def export_program(trained: Trained, k: int, platforms: Sequence[str]) -> jax_ex
                     excluded_BxS, allowed_V, k, config.eval.block_items)
 
   batch, width = jax_export.symbolic_shape("b, s")
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), name_params(trained.params))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), name_arrays(trained.params))
   rows = table_rows(backbone.num_items, config.model.table_multiple)
   try:
     return jax_export.export(jax.jit(in_full_precision(recommend)), platforms=platforms)(
@@ -173,7 +170,7 @@ def write_folder(folder: pathlib.Path, trained: Trained, k: int, program: jax_ex
   """Fills an empty folder, manifest.json last. Returns its content."""
   (folder / "model.stablehlo").write_bytes(program.serialize())
   with (folder / "params.npz").open("wb") as file:
-    np.savez(file, **{name: np.asarray(x) for name, x in name_params(trained.params).items()})  # type: ignore[arg-type]
+    np.savez(file, **{name: np.asarray(x) for name, x in name_arrays(trained.params).items()})  # type: ignore[arg-type]
   item_ids, titles = trained.catalogue.item_ids, trained.catalogue.titles
   items = {"ids": item_ids, "titles": titles if any(titles) else None}
   (folder / "items.json").write_text(json.dumps(items, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
@@ -218,7 +215,7 @@ def describe(trained: Trained, k: int, program: jax_export.Exported) -> dict[str
               {"name": "items", "shape": ["b", k], "dtype": "int32",
                "meaning": "their numbers from 1, as in items.json; 0 where fewer are left; of equal scores the lower "
                           "number first"}]},
-      "parameters": {name: list(x.shape) for name, x in sorted(name_params(trained.params).items())},
+      "parameters": {name: list(x.shape) for name, x in sorted(name_arrays(trained.params).items())},
       "run": trained.workdir, "step": trained.step, "validation": read_validation(trained),
       "protocol": describe_protocol(config.eval.protocol, corpus["split"]["words"]),
       "corpus": corpus, "config": nest(json.loads(json.dumps(dict(walk(config))))),

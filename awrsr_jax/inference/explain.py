@@ -4,6 +4,7 @@ Shapes: H heads, L items of the history, k recommendations, C histories at a tim
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ class Layer:
 
 def make_layers_step(backbone: nn.Module) -> Callable:
   """Returns the jitted (params, inputs_1xL) -> the attention maps of all layers."""
-  return jax.jit(lambda params, inputs_1xL: attention_maps(backbone, params, inputs_1xL))
+  return jax.jit(in_full_precision(functools.partial(attention_maps, backbone)))
 
 
 def make_log_p_step(backbone: nn.Module) -> Callable:

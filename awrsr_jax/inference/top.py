@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awrsr_jax.model.backbones import encode_newest, in_full_precision
-from awrsr_jax.model.hidden import Hidden, hide_other_rows
+from awrsr_jax.model.hidden import Hidden, make_block_scan
 
 Top = tuple[jax.Array, jax.Array]  # (B, k) scores, largest first, and (B, k) item numbers
 
@@ -36,30 +36,23 @@ def take_top(score_rows: Callable[[Hidden, Any], jax.Array], hidden: Hidden, row
   Returns:
     Scores -inf and items 0 where fewer than k are left; scores NaN, all k, where any score was.
   """
-  total, users = len(allowed_V), excluded_BxS.shape[0]
-  size = min(block_items, total)
+  users = excluded_BxS.shape[0]
   user_Bx1 = jnp.arange(users)[:, None]
 
-  def best_of_block(best: Top, start: int | jax.Array) -> Top:
-    inside = jnp.minimum(start, total - size)  # the last block overlaps the one before it
-    block = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, inside, size), rows)
-    scores = hide_other_rows(score_rows(hidden, block), first_row + inside, num_items)
+  def best_of_block(best: Top, scores: jax.Array, first: jax.Array, is_new: jax.Array) -> Top:
+    size = scores.shape[1]
     broken = jnp.any(jnp.isnan(scores), axis=1, keepdims=True)
-    is_new = inside + jnp.arange(size) >= start
-    wanted = jax.lax.dynamic_slice_in_dim(allowed_V, inside, size) & is_new
+    wanted = jax.lax.dynamic_slice_in_dim(allowed_V, first - first_row, size) & is_new
     scores = jnp.where(jnp.broadcast_to(wanted, scores.shape), scores, -jnp.inf)
-    column = excluded_BxS - (first_row + inside)
+    column = excluded_BxS - first
     column = jnp.where((column >= 0) & (excluded_BxS > 0), column, size)  # a negative one would count from the end
     scores = scores.at[user_Bx1, column].set(-jnp.inf, mode="drop")
     values, columns = jax.lax.top_k(scores, min(k, size))
-    found = jnp.where(values > -jnp.inf, first_row + inside + columns, 0)
+    found = jnp.where(values > -jnp.inf, first + columns, 0)
     return merge(best, (jnp.where(broken, jnp.nan, values), found), k)
 
   none = jnp.full((users, k), -jnp.inf), jnp.zeros((users, k), jnp.int32)
-  if size == total:
-    return best_of_block(none, 0)
-  best, _ = jax.lax.scan(lambda best, start: (best_of_block(best, start), None), none, jnp.arange(0, total, size))
-  return best
+  return make_block_scan(score_rows, hidden, rows, first_row, num_items, block_items)(best_of_block, none)
 
 
 def merge(first: Top, second: Top, k: int) -> Top:

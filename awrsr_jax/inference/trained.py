@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging as absl_logging
 from etils import epath
@@ -31,7 +30,7 @@ from awrsr_jax.engine.run_folder import read_json
 from awrsr_jax.inference import explain as explaining
 from awrsr_jax.inference.standalone import BATCH, NAMED, Catalogue, Id, Recommendation, check_list, round_up
 from awrsr_jax.inference.top import make_similar_step, make_top_step
-from awrsr_jax.model.backbones import build_backbone
+from awrsr_jax.model.backbones import build_backbone, param_shapes
 from awrsr_jax.model.hidden import table_rows
 
 LOG = logging.getLogger(__name__)
@@ -286,9 +285,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, model_devices
         raise ValueError(f"it is said to have {items} items")
       backbone = build_backbone(config, items)
       mesh = _make_mesh(config, model_devices)
-      inputs = jax.ShapeDtypeStruct((1, config.data.max_length), jnp.int32)
       with checkpoint.reading():
-        shapes = jax.eval_shape(backbone.init, jax.random.key(0), inputs)["params"]
+        shapes = param_shapes(backbone)
       params = checkpoint.restore_params(manager, chosen, meshes.template(mesh, shapes), record)
       item_ids, titles = checkpoint.restore_ids(manager, chosen, record)
       if not len(item_ids) == len(titles) == items:

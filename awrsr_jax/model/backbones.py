@@ -34,8 +34,13 @@ def build_backbone(config: Any, num_items: int) -> nn.Module:
   """
   backbone = BACKBONES[config.model.backbone](config.model, config.data.max_length, num_items)
   if config.model.attention.implementation == "fused":  # what it cannot do is raised here, before anything is written
-    jax.eval_shape(lambda: backbone.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    param_shapes(backbone)
   return backbone
+
+
+def param_shapes(backbone: nn.Module) -> Any:
+  """Returns the tree of a backbone's parameters as ShapeDtypeStructs; none of them is made."""
+  return jax.eval_shape(backbone.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
 
 
 def in_full_precision(function: Callable) -> Callable:
@@ -138,8 +143,7 @@ def from_torch_stosa(arrays: Mapping[str, np.ndarray], heads: int) -> tuple[STOS
   params = traverse_util.unflatten_dict({
       ours: np.asarray(arrays[name], np.float32).T if ours.endswith("kernel") else np.asarray(arrays[name], np.float32)
       for ours, name in theirs.items()}, sep="/")
-  shapes = jax.eval_shape(backbone.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-  for path, shape in traverse_util.flatten_dict(shapes, sep="/").items():
+  for path, shape in traverse_util.flatten_dict(param_shapes(backbone), sep="/").items():
     found, wanted = np.shape(arrays[theirs[path]]), shape.shape[::-1] if path.endswith("kernel") else shape.shape
     if found != wanted:
       raise ValueError(f"{theirs[path]} is {found}, but a STOSA of {rows} item rows and width {width} has {wanted}")

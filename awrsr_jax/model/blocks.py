@@ -107,6 +107,7 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, train: bool) -> jax.Array:
+    """Returns (B, L, D) in `dtype`; with `train` it drops, and needs a key for "dropout"."""
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, kernel_init=self.initializer, name=name)  # noqa: E731
     hidden = dense(self.hidden, "in")(x_BxLxD)
     if self.activation == "swiglu":

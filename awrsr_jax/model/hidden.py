@@ -1,8 +1,10 @@
 """What backbones share: hidden states, and the rows of item tables.
 
-Shapes: B batch, L length, D width, K scores, V rows of the item table, I items (numbers 1 to I; 0 is padding).
+Shapes: B batch, L length, D width, K rows that are scored, V rows of the item table, I items (numbers 1 to I; 0 is
+padding).
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -32,6 +34,44 @@ def hide_other_rows(scores: jax.Array, first: int | jax.Array, num_items: int) -
   """Sets scores (..., K) of table rows `first` to first + K - 1 to -inf where the row is no item."""
   row = first + jnp.arange(scores.shape[-1])
   return jnp.where(jnp.broadcast_to((row >= 1) & (row <= num_items), scores.shape), scores, -jnp.inf)
+
+
+def make_block_scan(score_rows: Callable[[Hidden, Any], jax.Array], hidden: Hidden, rows: Any,
+                    first_row: int | jax.Array, num_items: int, block_items: int) -> Callable[[Callable, Any], Any]:
+  """Returns what goes through some rows of the catalogue in blocks, in memory that grows with the block.
+
+  Args:
+    score_rows: (hidden, K rows) -> (B, K); larger is better.
+    hidden: of B histories.
+    rows: tree of tables (V', D), the rows `first_row` to `first_row` + V' - 1 of the catalogue.
+    first_row: the number of their first.
+    num_items: I; the other rows are no items.
+    block_items: rows scored at a time; K is V' where those are fewer.
+
+  Returns:
+    (step, carry) -> the last carry. step: (carry, scores, first, is_new) -> carry is run for every block: its scores
+    (B, K), -inf where a row is no item, the number of its first row, and bool (K,), False where an earlier block had
+    the row: the last one overlaps the one before it. Only the scores of a single block are kept for more than one scan.
+  """
+  total = len(jax.tree.leaves(rows)[0])
+  size = min(block_items, total)
+
+  def score_block(start: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    inside = jnp.minimum(start, total - size)
+    block = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, inside, size), rows)
+    first = first_row + inside
+    return hide_other_rows(score_rows(hidden, block), first, num_items), first, inside + jnp.arange(size) >= start
+
+  only = score_block(0) if size == total else None
+
+  def scan(step: Callable, carry: Any) -> Any:
+    if only:
+      return step(carry, *only)
+    carry, _ = jax.lax.scan(lambda carry, start: (step(carry, *score_block(start)), None), carry,
+                            jnp.arange(0, total, size))
+    return carry
+
+  return scan
 
 
 class Backbone(nn.Module):

@@ -24,7 +24,15 @@ def bce(positive: jax.Array, negatives: jax.Array) -> jax.Array:
 
 
 def bpr(positive: jax.Array, negatives: jax.Array) -> jax.Array:
-  """Bayesian personalised ranking (Rendle et al. 2009): mean over k of -log sigmoid(positive - negative_k)."""
+  """Bayesian personalised ranking (Rendle et al. 2009): mean over k of -log sigmoid(positive - negative_k).
+
+  Args:
+    positive: (...) scores of the targets.
+    negatives: (..., K).
+
+  Returns:
+    (...) float32.
+  """
   return jnp.mean(jax.nn.softplus(negatives - positive[..., None]), axis=-1)
 
 
@@ -36,6 +44,9 @@ def positive_vs_negative(positive: jax.Array, between: jax.Array) -> jax.Array:
   Args:
     positive: (...) scores of the targets, -d(h, pos).
     between: (..., K) scores of the negatives by the target itself, -d(pos, neg_k).
+
+  Returns:
+    (...) float32, in the unit of the scores.
   """
   return jnp.mean(jax.nn.relu(between - positive[..., None]), axis=-1)
 
@@ -52,6 +63,9 @@ def gbce(positive: jax.Array, negatives: jax.Array, num_items: int, t: float) ->
     positive: (...). negatives: (..., K).
     num_items: I.
     t: calibration in [0, 1]; 0 is bce.
+
+  Returns:
+    (...) float32.
   """
   alpha = min(negatives.shape[-1] / max(num_items - 1, 1), 1.0)
   beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
@@ -71,6 +85,9 @@ def sampled_softmax(positive: jax.Array, negatives: jax.Array, log_expected: jax
     negatives: (..., K).
     log_expected: (K,) log of K times the probability that one draw gives this item.
     collides: (..., K) bool, True where the draw is the target.
+
+  Returns:
+    (...) float32.
   """
   log_expected = jnp.broadcast_to(log_expected, negatives.shape)
   corrected = jnp.where(collides, -jnp.inf, negatives - log_expected)

@@ -45,6 +45,17 @@ def shift_rows(x: jax.Array) -> jax.Array:
   return x.reshape(*x.shape[:-1], rows, width + 1)[..., :-1]
 
 
+def sum_by(weights_HxBxbxK: jax.Array, x_HxBxLxd: jax.Array) -> jax.Array:
+  """Returns (H, B, b, d): the first K rows of x summed by weights, in the dtype of x."""
+  keys = weights_HxBxbxK.shape[-1]
+  return jnp.einsum("hbij,hbjd->hbid", weights_HxBxbxK.astype(x_HxBxLxd.dtype), x_HxBxLxd[:, :, :keys])
+
+
+def newest_row(x_HxBxLxd: jax.Array) -> jax.Array:
+  """Returns (H, B, 1, d)."""
+  return x_HxBxLxd[:, :, -1:]
+
+
 class Refinement(nn.Module):
   """First-order scores -> refined attention; `combine=None` is plain attention.
 
@@ -106,6 +117,11 @@ class Refinement(nn.Module):
   def _is_gated(self) -> bool:
     """Whether a part of the weights before refinement is kept."""
     return self._mixes and (self.combine == "additive" or self.gate is not None)
+
+  @property
+  def _correlation_precision(self) -> str | None:
+    """The precision of the products that are S', as in _correlate."""
+    return "highest" if self.correlation == "wasserstein" else None
 
   def refuses_blocks(self, squares: bool) -> str:
     """Returns why `attend` cannot stand for `weights`, or "". `squares`: values are summed by squared weights too."""
@@ -178,64 +194,97 @@ class Refinement(nn.Module):
       The sums, in the shapes and dtypes of the values; L is 1 where only the newest are wanted.
     """
     heads, batch, length, _ = k_HxBxLxE.shape
-    last = lambda x_HxBxLxE: x_HxBxLxE[:, :, -1:] if newest else x_HxBxLxE  # noqa: E731
     first_rows = number_rows((heads, batch, 1)) * jnp.uint32(length)  # in the numbering of `weights`
-    dropped = lambda weights, rows, order: (  # noqa: E731
-        weights if drop is None else drop.again(order)(weights, first_rows + rows.astype(jnp.uint32)[None, None]))
-    sum_by = lambda weights, x: jnp.einsum(  # noqa: E731
-        "hbij,hbjd->hbid", weights.astype(x.dtype), x[:, :, :weights.shape[-1]])
+
+    def dropped(weights: jax.Array, rows: jax.Array, order: int) -> jax.Array:
+      return weights if drop is None else drop.again(order)(weights, first_rows + rows.astype(jnp.uint32)[None, None])
+
+    def read(order: int, query: jax.Array, key: jax.Array, precision: str | None, wanted: Callable) -> Any:
+      sink = self._sink(order)
+      return attend_in_blocks(query, key, real_BxL, wanted, precision, None if sink is None else sink.swapaxes(0, 1))
+
+    if self._mixes:
+      return (self._mix_sums(read, dropped, q_HxBxLxE, k_HxBxLxE, values[0], precision, newest),)
 
     def sum_values(weights: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
       kept = dropped(weights, rows, len(self.tables))
       return tuple(map(sum_by, (kept, square(kept, weights)) if square else (kept,), values))
 
-    def sum_tables(weights: jax.Array, rows: jax.Array, orders: slice) -> list[list[jax.Array]]:
-      tables = [table for of_order in self.tables[orders] for table in of_order]
-      sums = self._sum_slots(weights, tables, rows[0], length) if tables else []
-      roles = len(self.tables[0])
-      return [sums[first:first + roles] for first in range(0, len(sums), roles)]
+    query, key, last_precision = self._refine_scores(read, q_HxBxLxE, k_HxBxLxE, precision)
+    return read(len(self.tables), newest_row(query) if newest else query, key, last_precision, sum_values)
 
-    read = functools.partial(attend_in_blocks, real_BxL=real_BxL)
-    again = "highest" if self.correlation == "wasserstein" else None  # precision of S'
-    sinks = [None if (sink := self._sink(order)) is None else sink.swapaxes(0, 1)
-             for order in range(len(self.tables) + 1)]
-    q, k = q_HxBxLxE, k_HxBxLxE
-    if not self._mixes:
-      for order in range(len(self.tables)):
-        features, = read(q, k, sink=sinks[order], precision=precision,
-                         read=lambda weights, rows: sum_tables(weights, rows, slice(order, order + 1)))  # noqa: B023
-        query, key = self._as_dot(*features)
-        if self.combine == "additive":
-          q, k, precision = jnp.concatenate([q, query], axis=-1), jnp.concatenate([k, key], axis=-1), again or precision
-        else:
-          q, k, precision = query, key, again
-      return read(last(q), k, sink=sinks[-1], precision=precision, read=sum_values)
+  def _refine_scores(self, read: Callable, q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array,
+                     first_precision: str | None) -> tuple[jax.Array, jax.Array, str | None]:
+    """Refines where each order is one softmax of new scores, and leaves the last softmax to the caller.
 
-    # A [V, W]: values as they reach the output, with what is dropped, and the tables of all orders, side by side.
-    def sum_first(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:
-      return {"values": sum_by(dropped(weights, rows, 0), values[0]), "tables": sum_tables(weights, rows, slice(None))}
+    Args:
+      read: (order, queries, keys, precision, wanted) -> what is wanted of the weights; see attend_in_blocks.
+      q_HxBxLxE, k_HxBxLxE, first_precision: as of `attend`.
 
-    sums = read(q, k, sink=sinks[0], precision=precision, read=sum_first)
+    Returns:
+      Queries and keys, (H, B, L, .), whose products are the scores of the last softmax, and the precision of these.
+    """
+    query, key, precision = q_HxBxLxE, k_HxBxLxE, first_precision
     for order in range(len(self.tables)):
-      (features, *tables), is_last = sums["tables"], order + 1 == len(self.tables)
+      features, = read(order, query, key, precision,
+                       functools.partial(self._sum_tables, slice(order, order + 1), key.shape[2]))
+      new_query, new_key = self._as_dot(*features)
+      if self.combine == "additive":
+        query, key = jnp.concatenate([query, new_query], axis=-1), jnp.concatenate([key, new_key], axis=-1)
+        precision = self._correlation_precision or precision
+      else:
+        query, key, precision = new_query, new_key, self._correlation_precision
+    return query, key, precision
+
+  def _mix_sums(self, read: Callable, dropped: Callable, q_HxBxLxE: jax.Array, k_HxBxLxE: jax.Array,
+                values_HxBxLxh: jax.Array, first_precision: str | None, newest: bool) -> jax.Array:
+    """Sums values by weights that are sums of products of softmaxes; never are two of them multiplied.
+
+    What is carried from order to order is A [V, W]: the values as they reach the output, with what is dropped, and the
+    slot tables W of the orders to come, side by side.
+
+    Args:
+      read: as of _refine_scores.
+      dropped: (weights, rows, order) -> the weights with what is dropped.
+      q_HxBxLxE, k_HxBxLxE, first_precision, newest: as of `attend`.
+      values_HxBxLxh: V.
+
+    Returns:
+      (H, B, L, h); L is 1 where only the newest are wanted.
+    """
+    def sum_new(order: int, weights: jax.Array, rows: jax.Array) -> dict[str, Any]:  # P [V, W]
+      return {"values": sum_by(dropped(weights, rows, order), values_HxBxLxh),
+              "tables": self._sum_tables(slice(order, None), k_HxBxLxE.shape[2], weights, rows)}
+
+    def sum_again(order: int, before: dict[str, Any], weights: jax.Array, rows: jax.Array) -> dict[str, Any]:
+      return {"values": sum_by(dropped(weights, rows, order), before["values"]),  # (P A) [V, W] = P (A [V, W])
+              "tables": jax.tree.map(functools.partial(sum_by, weights), before["tables"])}
+
+    def mix_gate(gate: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+      return ((1 - gate) * old + gate * new).astype(old.dtype)
+
+    sums = read(0, q_HxBxLxE, k_HxBxLxE, first_precision, functools.partial(sum_new, 0))
+    for order in range(1, len(self.tables) + 1):
+      features, *tables = sums["tables"]
       query, key = self._as_dot(*features)
       before = {"values": sums["values"], "tables": tables}
-
-      def mix_value(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:  # (P A) [V, W] = P (A [V, W])
-        return {"values": sum_by(dropped(weights, rows, order + 1), before["values"]),  # noqa: B023
-                "tables": jax.tree.map(functools.partial(sum_by, weights), before["tables"])}  # noqa: B023
-
-      def mix_additive(weights: jax.Array, rows: jax.Array) -> dict[str, Any]:  # P [V, W]
-        return {"values": sum_by(dropped(weights, rows, order + 1), values[0]),  # noqa: B023
-                "tables": sum_tables(weights, rows, slice(order + 1, None))}  # noqa: B023
-
-      cut = last if is_last else lambda x: x
-      sums = read(cut(query), key, sink=sinks[order + 1], precision=again,
-                  read=mix_value if self.combine == "value" else mix_additive)
+      wanted = (functools.partial(sum_again, order, before) if self.combine == "value" else
+                functools.partial(sum_new, order))
+      is_cut = newest and order == len(self.tables)
+      sums = read(order, newest_row(query) if is_cut else query, key, self._correlation_precision, wanted)
       if self._is_gated:
-        gate = nn.sigmoid(self.gates[order]).swapaxes(0, 1)
-        sums = jax.tree.map(lambda old, new: ((1 - gate) * cut(old) + gate * new).astype(old.dtype), before, sums)  # noqa: B023
-    return (sums["values"],)
+        old = jax.tree.map(newest_row, before) if is_cut else before
+        gate = nn.sigmoid(self.gates[order - 1]).swapaxes(0, 1)
+        sums = jax.tree.map(functools.partial(mix_gate, gate), old, sums)
+    return sums["values"]
+
+  def _sum_tables(self, orders: slice, length: int, weights_HxBxbxK: jax.Array,
+                  rows_b: jax.Array) -> list[list[jax.Array]]:
+    """Returns A W for the slot tables of some orders, for each a list of (H, B, b, r); see _sum_slots."""
+    tables = [table for of_order in self.tables[orders] for table in of_order]
+    sums = self._sum_slots(weights_HxBxbxK, tables, rows_b[0], length) if tables else []
+    roles = len(self.tables[0])
+    return [sums[first:first + roles] for first in range(0, len(sums), roles)]
 
   def _sink(self, order: int) -> jax.Array | None:
     """Returns the score of the sink of a softmax, (1, H, 1, 1): 0 the first order's, k that of refinement k."""

@@ -44,7 +44,7 @@ class GaussianSelfAttention(nn.Module):
 
   @nn.compact
   def __call__(self, query: Streams, x: Streams, real_BxL: jax.Array, train: bool, newest: bool = False) -> Streams:
-    """`query` gives the queries, `x` keys and values; `newest`: only the last column is wanted."""
+    """Returns both streams (B, L, D), or the newest column of them; `query` gives the queries, `x` keys and values."""
     width = x[0].shape[-1]
     if newest and not self.refinement.combine:
       query = tuple(x[:, -1:] for x in query)
@@ -91,6 +91,7 @@ class GaussianBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Streams, real_BxL: jax.Array, train: bool, newest: bool = False) -> Streams:
+    """Returns both streams (B, L, D), or the newest column of them; padded columns need not be 0."""
     dtype = x[0].dtype
     kept = lambda x: tuple(x[:, -1:] for x in x) if newest else x  # noqa: E731
     norm = lambda name: gaussian_norm(self.faithful, name)  # noqa: E731
