@@ -53,7 +53,7 @@ Launch = Callable[[list[str], pathlib.Path, Share], Any]  # command, log file, s
 
 
 @dataclasses.dataclass
-class Job:
+class Started:
   """A run in progress: what it is, its process and share, how often and when (seconds) it was started."""
 
   planned: Planned
@@ -188,7 +188,7 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
     processes.Preempted: told_to_stop; the same call goes on.
   """
   waiting = collections.deque(runs)
-  running: list[Job] = []
+  running: list[Started] = []
   failed: list[str] = []
   elsewhere: set[str] = set()  # what was said to be in use
   free = share_machine(jobs)
@@ -196,7 +196,8 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
 
   def begin(planned: Planned, again: int = 0, began: float | None = None) -> None:
     share = free.pop(0)
-    running.append(Job(planned, start(*_to_start(planned, out, data), share), share, again, began or time.monotonic()))
+    process = start(*_to_start(planned, out, data), share)
+    running.append(Started(planned, process, share, again, began or time.monotonic()))
 
   try:
     while (waiting or running) and not told_to_stop():
@@ -248,7 +249,7 @@ def run_all(runs: Sequence[Planned], out: str, data: str | None, jobs: int, afte
   return failed
 
 
-def _end(running: Sequence[Job]) -> None:
+def _end(running: Sequence[Started]) -> None:
   """Tells all runs to stop, and waits until they have saved."""
   for job in running:
     job.process.terminate()

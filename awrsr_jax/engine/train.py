@@ -126,7 +126,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
   began = time.monotonic()
   with processes.noticing_losses(), compiling.watching() as compiled:
     job = make_job(config, table)
-    with open_run(workdir, job):
+    with hold_folder(workdir, job):
       result = processes.from_first(run_folder.read_result(workdir))
       if result and result.get("epochs") == job.config.train.epochs:
         LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
@@ -144,7 +144,7 @@ def train(config: Any, workdir: str | os.PathLike[str],
 
 
 @contextlib.contextmanager
-def open_run(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
+def hold_folder(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
   """Opens the run folder: process 0 takes it, the others only see that it is the same one.
 
   Raises:
