@@ -187,6 +187,15 @@ def test_a_bad_row_is_refused_with_its_place_or_left_out(tmp_path, name, content
   assert all(row[0].strip() in ("u", "u\n1") and row[1] == "i" and row[2] == 1 for row in rows) and rows
 
 
+@pytest.mark.parametrize("content, words", [
+    ("user,item,time\nu,i,31/12/2020\nu,j,30/12/2020\n", "a.csv:2: .*time='31/12/2020' is neither a number nor a date"),
+    ("user,item,time\nu,i,1,2\nu,i,2,3\n", "a.csv:2: .*2 lines are bad"),
+])
+def test_to_skip_all_rows_is_not_advised(tmp_path, content, words):
+  with pytest.raises(ValueError, match=f"{words}.*; mend the file$"):
+    read(write(tmp_path, "a.csv", content))
+
+
 def test_bad_rows_are_counted(tmp_path, caplog):
   path = write(tmp_path, "a.csv", "user,item,time\nu,i,1\nu,i\nu,i,x\nu,i,3\n")
   assert read(path, on_bad_row="skip") == ([("u", "i", 1), ("u", "i", 3)], {"rows": 3, "bad_rows": 1, "low_ratings": 0})

@@ -156,7 +156,7 @@ def read_frame(database: duckdb.DuckDBPyConnection, table: Any, data: Any) -> Lo
     if isinstance(error, duckdb.Error) and is_about_space(error):
       raise
     raise ValueError(f"cannot read {source}: {first_line(error)}; give a pandas, polars or pyarrow table") from error
-  return Log(database, source, {}, lambda row: f"{source}, row {row + 1}")
+  return Log(database, source, {}, lambda row: f"{source}, row {row + 1}", is_file=False)
 
 
 def _take_columns(table: Any, names: list[str]) -> Any:
@@ -330,12 +330,13 @@ def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_ba
       "SELECT file_path, line_byte_position, csv_line, error_type, error_message FROM reject_errors JOIN reject_scans "
       "USING (scan_id, file_id) ORDER BY list_position($files, file_path), line_byte_position", {"files": files})
   found = {(file, place): rest for file, place, *rest in rejects.fetchall()}
+  are_all = not database.execute("SELECT count(*) FROM raw").fetchone()[0]
   for (file, place), (text, kind, message) in found.items():
     # after an open quote or an endless line nobody knows where the next row starts: that is never left out
     swallowed = kind == "LINE SIZE OVER MAXIMUM" or (
         kind == "UNQUOTED VALUE" and ("\n" in text.strip() or mixes_line_ends(file)))
     if on_bad_row == "error" or swallowed:
-      way_out = "" if swallowed else ", or leave such rows out with --config.data.on_bad_row=skip"
+      way_out = "" if swallowed or are_all else ", or leave such rows out with --config.data.on_bad_row=skip"
       raise ValueError(f"{file}:{count_lines(file, place)}: {quote(text)}: {first_line(message)} ({len(found)} lines "
                        f"are bad); mend the file{way_out}")
   if found:
