@@ -110,6 +110,13 @@ def test_ratings_below_the_floor_are_left_out_and_are_not_bad():
     clean(table([1, 2, 3, 4], rating=[1, 2, 3, 4]), 9.0)
 
 
+def test_a_table_without_rows_is_refused_in_words_for_a_table():
+  with pytest.raises(ValueError, match=r"^the pandas table has no interactions \(0 rows, 0 of them bad\); give a"):
+    clean(table([]))
+  with pytest.raises(ValueError, match=r"\(2 rows, 1 of them bad, 1 rated below 3.0\); give a table that has some$"):
+    clean(table([1, 2], rating=["1", "x"]), 3.0, "skip")
+
+
 @pytest.mark.parametrize("times, expected", [
     (["5", "7"], [5, 7]), (["5", "7.5"], [5.0, 7.5]), ([5.0, 7.5], [5.0, 7.5]),
     (["1e9", "1500000000.5"], [1e9, 1500000000.5]),

@@ -231,7 +231,7 @@ def test_quotes_and_spaces_within_a_value_are_kept(tmp_path, value, expected):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", "", r"a.csv has no lines \(0 bytes\)"),
-    ("a.csv", "user,item,time\n", r"a.csv has no interactions \(0 rows"),
+    ("a.csv", "user,item,time\n", r"a.csv has no interactions \(0 rows, 0 of them bad\); set --config.data.path=FILE"),
     ("a.csv", "user,item,time\nu,i,x\n", r"a.csv:2: .*time='x'"),
     ("a.json", "\n", "no lines with a JSON object"),
     ("a.json", '[{"user": 1, "item": 2, "time": 3}]', "a.json:1: .*is not a JSON object"),

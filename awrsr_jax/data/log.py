@@ -168,8 +168,9 @@ def _clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int
     raise ValueError(f"{log.locate(first_bad)}: {_complain(log, first_bad, parts)} ({bad} of {rows} rows are bad); "
                      f"mend the {'file' if log.is_file else 'table'}{skip}")
   if rows == bad + low:
-    raise ValueError(f"{log.source} has no interactions ({rows} rows, {bad} of them bad, {low} rated below "
-                     f"{min_rating}); set --config.data.path=FILE to a file that has some")
+    rated = "" if min_rating is None else f", {low} rated below {min_rating}"
+    way_out = "set --config.data.path=FILE to a file that has some" if log.is_file else "give a table that has some"
+    raise ValueError(f"{log.source} has no interactions ({rows} rows, {bad} of them bad{rated}); {way_out}")
   kept = f"{good} AND {enough}"
   if not bad:  # as nearly always: the rest of the queries need not ask again
     kept = enough
