@@ -56,6 +56,8 @@ def lines_of(names, rows, separator=","):
     ("quoted.csv", '"user","item","time"\r\n' + "".join(f'"{u}","{i}",{t}\r\n\r\n' for u, i, t in ROWS)),
     ("mark.csv", "\ufeff" + lines_of(("user", "item", "time"), ROWS)),
     ("more.csv", lines_of(("x", "time", "item", "user"), [(0, t, i, u) for u, i, t in ROWS])),
+    ("timestamp.csv", lines_of(("user", "item", "timestamp"), ROWS)),
+    ("id_time.csv", lines_of(("user_id", "item_id", "time"), ROWS)),
     ("recbole.inter", lines_of(("user_id:token", "item_id:token", "timestamp:float"), ROWS, "\t")),
     ("a.json", "".join(json.dumps({"reviewerID": u, "asin": i, "unixReviewTime": t}) + "\n\n" for u, i, t in ROWS)),
     ("a.jsonl.gz", "".join(json.dumps({"user_id": u, "parent_asin": i, "timestamp": t}) + "\n" for u, i, t in ROWS)),
@@ -131,6 +133,28 @@ def test_columns_by_name_beat_layouts_and_only_a_whole_layout_brings_titles(tmp_
   assert chosen == {"user": "user_id", "item": "asin", "time": "time"}
   with pytest.raises(ValueError, match="has no column 'when', but .*--config.data.columns.time=NAME"):
     read(path, columns__time="when")
+
+
+@pytest.mark.parametrize("names, named, expected", [
+    ("user item timestamp rating title", {}, "user item timestamp rating title"),
+    ("user_id item_id time rating title", {}, "user_id item_id time rating title"),
+    ("who item timestamp", {"user": "who"}, "who item timestamp"),
+    ("user item timestamp time", {}, "user item time"),
+    ("user_id item_id time timestamp", {}, "user_id item_id timestamp"),
+    ("user item user_id parent_asin timestamp", {}, "user_id parent_asin timestamp"),
+    ("user item userId movieId timestamp", {}, "userId movieId timestamp"),
+    ("user_id item item_id time", {"user": "user_id"}, "user_id item time"),
+    ("user item timestamp title", {"time": "timestamp"}, "user item timestamp"),
+])
+def test_the_later_layouts_take_nothing_from_the_others(names, named, expected):
+  columns = data_of("", **{f"columns__{key}": name for key, name in named.items()}).columns
+  assert list(tables.choose_columns(names.split(), columns, "a").values()) == expected.split()
+
+
+def test_columns_that_are_not_found_name_all_layouts():
+  with pytest.raises(ValueError, match=r"user, item, time \(generic\);.*; user, item, timestamp \(generic with "
+                     r"timestamp\); user_id, item_id, time \(generic with _id and time\); for others set"):
+    tables.choose_columns(["user", "item"], data_of("").columns, "a")
 
 
 def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):

@@ -46,6 +46,10 @@ LAYOUTS = {  # who publishes it: the names of user, item, time, rating and title
     "MovieLens in TFDS": ("user_id", "movie_id", "timestamp", "user_rating", "movie_title"),
     "RecBole": ("user_id:token", "item_id:token", "timestamp:float", "rating:float", ""),
 }
+LATER = {  # looked for where none of those fits, not even with what the config names
+    "generic with timestamp": ("user", "item", "timestamp", "rating", "title"),
+    "generic with _id and time": ("user_id", "item_id", "time", "rating", "title"),
+}
 AMAZON_USER, AMAZON_ITEM = re.compile("A[0-9A-Z]{9,20}"), re.compile("B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 SAMPLE = 1000  # lines looked at to tell what a file is
 DELIMITERS = ",\t;|"
@@ -193,15 +197,16 @@ def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]
       raise ValueError(f"{where} has no column {name!r}, but {names}; set --config.data.columns.{key}=NAME")
   if len(set(names)) < len(names):
     raise ValueError(f"{where} has several columns of one name: {names}; give each its own")
-  for layout in LAYOUTS.values():
-    full = {key: name for key, name in zip(KEYS, layout, strict=True) if name in names} | chosen
-    if tuple(full.get(key) for key in KEYS[:3]) == layout[:3]:
-      return {key: full[key] for key in KEYS if key in full}
-  for layout in LAYOUTS.values():  # what the config names, and the rest of user, item and time
-    full = {key: name for key, name in zip(KEYS[:3], layout[:3], strict=True) if name in names} | chosen
-    if set(KEYS[:3]) <= full.keys():
-      return {key: full[key] for key in KEYS if key in full}
-  known = "; ".join(f"{', '.join(layout[:3])} ({name})" for name, layout in LAYOUTS.items())
+  for layouts in (LAYOUTS, LATER):
+    for layout in layouts.values():
+      full = {key: name for key, name in zip(KEYS, layout, strict=True) if name in names} | chosen
+      if tuple(full.get(key) for key in KEYS[:3]) == layout[:3]:
+        return {key: full[key] for key in KEYS if key in full}
+    for layout in layouts.values():  # what the config names, and the rest of user, item and time
+      full = {key: name for key, name in zip(KEYS[:3], layout[:3], strict=True) if name in names} | chosen
+      if set(KEYS[:3]) <= full.keys():
+        return {key: full[key] for key in KEYS if key in full}
+  known = "; ".join(f"{', '.join(layout[:3])} ({name})" for name, layout in (LAYOUTS | LATER).items())
   headless = f"; for a file whose first line is a row already set {HEADER}" * any(map(_is_number, names))
   raise ValueError(f"{where}: which of the columns {names} are user, item and time? Known are {known}; for others set "
                    f"--config.data.columns.user=NAME, .item=NAME and .time=NAME{headless}")
