@@ -14,7 +14,9 @@ import hashlib
 import itertools
 import json
 import logging
+import operator
 import pathlib
+import reprlib
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -30,6 +32,7 @@ SAID = {"bytes", "sha256"}  # of each file
 READ = {"model.stablehlo", "params.npz", "items.json"}  # beside it
 BATCH = 256  # histories of one call, at most
 NAMED = 5  # unknown items named in a message, at most
+PLAIN = {str, int, np.str_, np.int32, np.int64}  # types of ids; True is none, though bool is a kind of int
 AGAIN = "copy the artefact again, or export it again from its run"
 
 Id = int | str
@@ -61,7 +64,7 @@ class Catalogue:
     """Returns the item numbers (int32) of each history, and which of its items are not in the catalogue.
 
     Raises:
-      ValueError: an input is no list of histories.
+      ValueError: an input is no list of histories, or an item is neither text nor a whole number.
     """
     check_list(histories, "histories")
     known = self.numbers
@@ -69,7 +72,7 @@ class Catalogue:
     for row, history in enumerate(histories):
       if isinstance(history, (str, bytes)) or not isinstance(history, Iterable):
         raise ValueError(f"history {row} is {history!r}, not a list of items; one history is recommend([[...]])")
-      raws = [raw if type(raw) is str else str(raw) for raw in history]
+      raws = to_text(history, "history", row)
       found = [known.get(raw, 0) for raw in raws]
       unknown.append([raw for raw, number in zip(raws, found, strict=True) if not number] if 0 in found else [])
       numbered.append(np.array([number for number in found if number] if 0 in found else found, np.int32))
@@ -77,6 +80,18 @@ class Catalogue:
 
   def admit(self, histories: Sequence[Iterable[Id]], strict: bool = False) -> tuple[list[np.ndarray], int]:
     """Returns the item numbers of each history, and how many items were left out: logged, or refused.
+
+    Raises:
+      ValueError: see `look_up`.
+    """
+    numbered, unknown = self.look_up(histories, strict)
+    empty = sum(not len(numbers) for numbers in numbered)
+    if empty:
+      LOG.warning("%d of %d histories hold no known item and get no recommendations", empty, len(numbered))
+    return numbered, unknown
+
+  def look_up(self, histories: Sequence[Iterable[Id]], strict: bool = False) -> tuple[list[np.ndarray], int]:
+    """As `admit`, but nothing is said of histories without a known item.
 
     Raises:
       ValueError: see `number`; or, with `strict`, an item is unknown or a history has none that is known.
@@ -90,23 +105,21 @@ class Catalogue:
     if missing:
       LOG.warning("%d items of the histories are not in the catalogue of %s and were skipped, %d different ones, such "
                   "as %s", missing.total(), self.source, len(missing), [raw for raw, _ in missing.most_common(NAMED)])
-    empty = sum(not len(numbers) for numbers in numbered)
-    if empty:
-      LOG.warning("%d of %d histories hold no known item and get no recommendations", empty, len(numbered))
     return numbered, missing.total()
 
   def allowed(self, rows: int, allow: Iterable[Id] | None, deny: Iterable[Id], strict: bool = False) -> np.ndarray:
     """Returns bool (rows,), which rows of the item table may be given; `deny` wins.
 
     Raises:
-      ValueError: nothing is allowed, or an input is no list; or, with `strict`, an item is unknown.
+      ValueError: nothing is allowed, an input is no list, or an item is neither text nor a whole number; or, with
+        `strict`, an item is unknown.
     """
     chosen = np.full(rows, allow is None)
     for name, listed, value in (("allow", allow, True), ("deny", deny, False)):
       if listed is None:
         continue
       check_list(listed, name)
-      listed = list(map(str, listed))
+      listed = to_text(listed, name)
       unknown = [raw for raw in listed if raw not in self.numbers]
       if unknown and strict:
         raise ValueError(f"{name} holds {len(unknown)} items that are not in the catalogue, such as {unknown[:NAMED]}")
@@ -174,7 +187,7 @@ class Recommender:
       which the model knows nothing. Unknown items are skipped, counted and logged.
 
     Raises:
-      ValueError: k is out of range, an input is no list, or nothing is allowed.
+      ValueError: k is out of range, an input is no list, an item is no id, or nothing is allowed.
       FloatingPointError: a score is NaN.
     """
     if not 1 <= k <= self.k:
@@ -335,6 +348,38 @@ def check_list(values: Any, what: str) -> None:
   """Raises ValueError when values are no list."""
   if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
     raise ValueError(f"{what} must be a list, not {values!r}")
+
+
+def to_text(ids: Iterable[Id], *where: str | int) -> list[str]:
+  """Returns ids as text.
+
+  Args:
+    ids: text or whole numbers, also those of numpy.
+    where: they stand, in words for messages.
+
+  Raises:
+    ValueError: one is something else.
+  """
+  listed: list[Any] = ids if type(ids) is list else list(ids)
+  kinds = set(map(type, listed))  # few, and quicker asked than each id
+  if kinds == {str}:
+    return listed
+  if not kinds <= PLAIN:
+    for at, raw in enumerate(listed):
+      if not is_id(raw):
+        raise ValueError(f"{' '.join(map(str, where))}, item {at} is {reprlib.repr(raw)}, not an id (text or a whole "
+                         "number)")
+  return [str(raw) for raw in listed]
+
+
+def is_id(raw: Any) -> bool:
+  """Returns whether a value is text or a whole number; those of arrays are."""
+  if isinstance(raw, bool):
+    return False
+  try:
+    return isinstance(raw, str) or operator.index(raw) is not None
+  except TypeError:
+    return False
 
 
 def round_up(size: int) -> int:
