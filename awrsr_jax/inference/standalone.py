@@ -16,6 +16,7 @@ import json
 import logging
 import operator
 import pathlib
+import re
 import reprlib
 import sys
 import zipfile
@@ -33,6 +34,7 @@ READ = {"model.stablehlo", "params.npz", "items.json"}  # beside it
 BATCH = 256  # histories of one call, at most
 NAMED = 5  # unknown items named in a message, at most
 PLAIN = {str, int, np.str_, np.int32, np.int64}  # types of ids; True is none, though bool is a kind of int
+CONTROL = re.compile("[\x7f-\x9f]")  # JSON may hold them as they are, and terminals obey
 AGAIN = "copy the artefact again, or export it again from its run"
 
 Id = int | str
@@ -409,8 +411,27 @@ def read_histories(path: str) -> list[list[Id]]:
   return histories
 
 
+def to_json(found: list[list[Recommendation]], unknown: list[list[str]], has_titles: bool) -> str:
+  """Returns a line of JSON for each history, as python -m awrsr_jax.recommend does.
+
+  Args:
+    found: best first.
+    unknown: the items of each history that are not in the catalogue.
+    has_titles: any item has one.
+  """
+  lines = []
+  for row, missing in zip(found, unknown, strict=True):
+    scores = np.array([best.score for best in row], np.float32).astype("U16")  # the fewest digits that give them back
+    line = {"items": [best.item for best in row], "scores": scores.astype(np.float64).tolist()}
+    line |= {"titles": [best.title for best in row]} if has_titles else {}
+    line |= {"unknown": len(missing)} if missing else {}
+    text = json.dumps(line, ensure_ascii=False)
+    lines.append(CONTROL.sub(lambda char: f"\\u{ord(char[0]):04x}", text) + "\n")
+  return "".join(lines)
+
+
 def main(arguments: list[str]) -> None:
-  """Prints a JSON line a history: {"items": [...], "scores": [...], "titles": [...]}, best first."""
+  """Prints a JSON line a history: {"items": [...], "scores": [...]}, best first; see `to_json`."""
   if len(arguments) not in (1, 2) or (len(arguments) == 2 and not arguments[1].isdecimal()):
     sys.exit("python recommender.py HISTORIES.jsonl [K]: a line a history, a list of raw ids, oldest first; K is 10")
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -421,9 +442,8 @@ def main(arguments: list[str]) -> None:
     found = recommender.recommend(histories, k)
   except ValueError as error:
     sys.exit(f"ValueError: {error}")
-  for row in found:
-    print(json.dumps({"items": [best.item for best in row], "scores": [best.score for best in row],
-                      "titles": [best.title for best in row]}, ensure_ascii=False))
+  _, unknown = recommender.catalogue.number(histories)
+  print(to_json(found, unknown, any(recommender.catalogue.titles)), end="")
 
 
 if __name__ == "__main__":
