@@ -94,6 +94,14 @@ def test_padding_and_chunks_change_nothing(trained, monkeypatch):
   np.testing.assert_allclose(measure(5), whole, atol=1e-5)
 
 
-def test_a_history_without_a_known_item_cannot_be_explained(trained):
+def test_a_history_without_a_known_item_cannot_be_explained(trained, caplog):
   with pytest.raises(ValueError, match="there is nothing to explain"):
     trained.explain(["unknown"])
+  assert "1 items of the histories are not in the catalogue" in caplog.text and "recommendations" not in caplog.text
+
+
+@pytest.mark.parametrize("histories", [[[1, 2]], [(1, 2)], np.array([[1, 2]])])
+def test_a_list_of_histories_in_place_of_one_is_refused(trained, histories, caplog):
+  with pytest.raises(ValueError, match="explain takes one history, not a list of them: item 0 is .*1, 2.*, not an id"):
+    trained.explain(histories)
+  assert not caplog.records

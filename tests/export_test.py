@@ -19,8 +19,9 @@ from jax import export as jax_export
 from awrsr_jax.config import finalize
 from awrsr_jax.engine import mesh as meshes
 from awrsr_jax.engine.train import train
-from awrsr_jax.inference import artefact, standalone
+from awrsr_jax.inference import artefact, files, standalone
 from awrsr_jax.inference.artefact import export, on_one_device
+from awrsr_jax.inference.histories import Histories
 from awrsr_jax.inference.standalone import Catalogue, Recommender
 from awrsr_jax.inference.trained import Trained, load
 from awrsr_jax.model.backbones import build_backbone, param_shapes
@@ -319,13 +320,29 @@ def test_the_file_of_the_artefact_is_a_command(made, tmp_path):
   assert done.returncode == 0, done.stderr
   first, second = map(json.loads, done.stdout.splitlines())
   assert len(first["items"]) == len(first["scores"]) == len(first["titles"]) == 3
-  assert second == {"items": [], "scores": [], "titles": []}
+  assert second == {"items": [], "scores": [], "titles": []} and first.keys() == second.keys()
+  assert [float(str(np.float32(score))) for score in first["scores"]] == first["scores"]
   histories.write_text('["ü1"]\n"ü2"\n')
   with pytest.raises(ValueError, match="line 2 is '\"ü2\"', not a list"):
     standalone.read_histories(str(histories))
   histories.write_text('["ü1"]\n[\n')
   with pytest.raises(ValueError, match="line 2 is no JSON"):
     standalone.read_histories(str(histories))
+
+
+@pytest.mark.parametrize("title", ["", "Title, “\x9b”"])
+def test_the_command_of_the_artefact_prints_what_the_live_one_prints(title):
+  model = make_trained({})
+  model.catalogue.titles[:] = [title] + [""] * 39
+  lists = [[101, 102], ["nothing", 103, "ü"], [], ["nothing"]]
+  numbered, unknown = model.catalogue.number(lists)
+  read = Histories([None] * 4, numbered, unknown)
+  scores, items = model.top(numbered, 40)
+  ends = np.count_nonzero(items, axis=1)
+  rows = [(scores[row, :end], items[row, :end]) for row, end in enumerate(ends)]
+  text = standalone.to_json(model.recommend(lists, 40), unknown, bool(title))
+  assert text == files._to_json(model, read, rows, files.Job()) and '"unknown": 2' in text
+  assert ("titles" in text) == bool(title) and "\x9b" not in text
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -66,17 +66,55 @@ def test_missing_values_of_python_tables_are_bad_rows():
   assert raw_rows(database) == [(1, "x", 1)] and counts == {"rows": 3, "bad_rows": 2, "low_ratings": 0}
 
 
+@pytest.mark.parametrize("times, row, words", [
+    (["31/12/2020", "30/12/2020"], 1, "time='31/12/2020' is neither a number nor a date of a form that is read "
+     "(2020-12-31 or 2020/12/31, each also with a time of day, as 2020-12-31 23:59:59+01:00) (2 of 2 rows are bad)"),
+    (["2020-12-31", "31/12/2020"], 2, "time='31/12/2020' is neither a number nor a date of a form that is read"),
+    ([1.5, np.inf], 2, "time='inf' is neither a number nor"),
+    (["2020-12-31", "2020-12-30", "7"], 3, "time='7' is a number, and the times of this log are read as dates"),
+    (["8", "9", "2020-12-31"], 3, "time='2020-12-31' is a date, and the times of this log are read as numbers"),
+    (["8", " "], 2, "time=' ': a row needs a user, an item and a time (1 of 2"),
+])
+def test_a_time_that_is_not_read_is_not_called_a_missing_one(times, row, words):
+  with pytest.raises(ValueError, match=f"row {row}: .*") as error:
+    clean(table([1] * len(times), times=times))
+  assert words in str(error.value) and ("needs a user" in words) == ("needs a user" in str(error.value))
+
+
+@pytest.mark.parametrize("form", ["2020-12-31", "2020/12/31", "2020-12-31 23:59:59+01:00"])
+def test_the_forms_of_dates_that_an_error_names_are_read(form):
+  assert form in log.DATES and raw_rows(clean(table([1], times=[form]))[0])[0][2] > 1.6e15
+
+
+@pytest.mark.parametrize("times, is_advised", [(["x", "y"], False), (["x", "5"], True)])
+def test_to_skip_bad_rows_is_advised_where_others_are_left(times, is_advised):
+  with pytest.raises(ValueError, match="rows are bad.; mend the table") as error:
+    clean(table([1, 2], times=times))
+  assert str(error.value).endswith(", or leave such rows out with --config.data.on_bad_row=skip") == is_advised
+  with pytest.raises(ValueError, match="mend the table$"):  # those that are good are rated too low
+    clean(table([1, 2], times=["5", "x"], rating=[1, 5]), 3.0)
+
+
 def test_ratings_below_the_floor_are_left_out_and_are_not_bad():
   rows = table([1, 2, 3, 4], rating=["5", "3", "3.5", "x"])
   database, counts = clean(rows, 3.5, "skip")
   assert [row[0] for row in raw_rows(database)] == [1, 3] and counts == {"rows": 4, "bad_rows": 1, "low_ratings": 1}
-  with pytest.raises(ValueError, match="row 4: .*rating='x'.* and a rating"):
+  with pytest.raises(ValueError, match="row 4: .*rating='x', time='3': the rating is no number"):
     clean(rows, 3.5)
+  with pytest.raises(ValueError, match="row 2: .*rating=none.* a row needs .* and a rating"):
+    clean(table([1, 2], rating=["5", None]), 3.5)
   assert clean(rows)[1]["bad_rows"] == 0  # nobody asks for ratings
   with pytest.raises(ValueError, match="has no ratings; leave min_rating out, or .*columns.rating"):
     clean(table([1]), 3.5)
   with pytest.raises(ValueError, match="has no interactions .*4 rated below 9"):
     clean(table([1, 2, 3, 4], rating=[1, 2, 3, 4]), 9.0)
+
+
+def test_a_table_without_rows_is_refused_in_words_for_a_table():
+  with pytest.raises(ValueError, match=r"^the pandas table has no interactions \(0 rows, 0 of them bad\); give a"):
+    clean(table([]))
+  with pytest.raises(ValueError, match=r"\(2 rows, 1 of them bad, 1 rated below 3.0\); give a table that has some$"):
+    clean(table([1, 2], rating=["1", "x"]), 3.0, "skip")
 
 
 @pytest.mark.parametrize("times, expected", [

@@ -56,6 +56,8 @@ def lines_of(names, rows, separator=","):
     ("quoted.csv", '"user","item","time"\r\n' + "".join(f'"{u}","{i}",{t}\r\n\r\n' for u, i, t in ROWS)),
     ("mark.csv", "\ufeff" + lines_of(("user", "item", "time"), ROWS)),
     ("more.csv", lines_of(("x", "time", "item", "user"), [(0, t, i, u) for u, i, t in ROWS])),
+    ("timestamp.csv", lines_of(("user", "item", "timestamp"), ROWS)),
+    ("id_time.csv", lines_of(("user_id", "item_id", "time"), ROWS)),
     ("recbole.inter", lines_of(("user_id:token", "item_id:token", "timestamp:float"), ROWS, "\t")),
     ("a.json", "".join(json.dumps({"reviewerID": u, "asin": i, "unixReviewTime": t}) + "\n\n" for u, i, t in ROWS)),
     ("a.jsonl.gz", "".join(json.dumps({"user_id": u, "parent_asin": i, "timestamp": t}) + "\n" for u, i, t in ROWS)),
@@ -133,6 +135,28 @@ def test_columns_by_name_beat_layouts_and_only_a_whole_layout_brings_titles(tmp_
     read(path, columns__time="when")
 
 
+@pytest.mark.parametrize("names, named, expected", [
+    ("user item timestamp rating title", {}, "user item timestamp rating title"),
+    ("user_id item_id time rating title", {}, "user_id item_id time rating title"),
+    ("who item timestamp", {"user": "who"}, "who item timestamp"),
+    ("user item timestamp time", {}, "user item time"),
+    ("user_id item_id time timestamp", {}, "user_id item_id timestamp"),
+    ("user item user_id parent_asin timestamp", {}, "user_id parent_asin timestamp"),
+    ("user item userId movieId timestamp", {}, "userId movieId timestamp"),
+    ("user_id item item_id time", {"user": "user_id"}, "user_id item time"),
+    ("user item timestamp title", {"time": "timestamp"}, "user item timestamp"),
+])
+def test_the_later_layouts_take_nothing_from_the_others(names, named, expected):
+  columns = data_of("", **{f"columns__{key}": name for key, name in named.items()}).columns
+  assert list(tables.choose_columns(names.split(), columns, "a").values()) == expected.split()
+
+
+def test_columns_that_are_not_found_name_all_layouts():
+  with pytest.raises(ValueError, match=r"user, item, time \(generic\);.*; user, item, timestamp \(generic with "
+                     r"timestamp\); user_id, item_id, time \(generic with _id and time\); for others set"):
+    tables.choose_columns(["user", "item"], data_of("").columns, "a")
+
+
 def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
   for name, rows in (("b.csv", ROWS[2:]), ("a.csv", ROWS[:2]), ("notes.txt", [("x",)])):
     write(tmp_path, name, lines_of(("user", "item", "time"), rows))
@@ -187,6 +211,15 @@ def test_a_bad_row_is_refused_with_its_place_or_left_out(tmp_path, name, content
   assert all(row[0].strip() in ("u", "u\n1") and row[1] == "i" and row[2] == 1 for row in rows) and rows
 
 
+@pytest.mark.parametrize("content, words", [
+    ("user,item,time\nu,i,31/12/2020\nu,j,30/12/2020\n", "a.csv:2: .*time='31/12/2020' is neither a number nor a date"),
+    ("user,item,time\nu,i,1,2\nu,i,2,3\n", "a.csv:2: .*2 lines are bad"),
+])
+def test_to_skip_all_rows_is_not_advised(tmp_path, content, words):
+  with pytest.raises(ValueError, match=f"{words}.*; mend the file$"):
+    read(write(tmp_path, "a.csv", content))
+
+
 def test_bad_rows_are_counted(tmp_path, caplog):
   path = write(tmp_path, "a.csv", "user,item,time\nu,i,1\nu,i\nu,i,x\nu,i,3\n")
   assert read(path, on_bad_row="skip") == ([("u", "i", 1), ("u", "i", 3)], {"rows": 3, "bad_rows": 1, "low_ratings": 0})
@@ -222,7 +255,7 @@ def test_quotes_and_spaces_within_a_value_are_kept(tmp_path, value, expected):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", "", r"a.csv has no lines \(0 bytes\)"),
-    ("a.csv", "user,item,time\n", r"a.csv has no interactions \(0 rows"),
+    ("a.csv", "user,item,time\n", r"a.csv has no interactions \(0 rows, 0 of them bad\); set --config.data.path=FILE"),
     ("a.csv", "user,item,time\nu,i,x\n", r"a.csv:2: .*time='x'"),
     ("a.json", "\n", "no lines with a JSON object"),
     ("a.json", '[{"user": 1, "item": 2, "time": 3}]', "a.json:1: .*is not a JSON object"),

@@ -19,6 +19,7 @@ from awrsr_jax.data import batches
 from awrsr_jax.engine import checkpoint
 from awrsr_jax.engine.train import make_job, train
 from awrsr_jax.evaluate import evaluate
+from awrsr_jax.inference.standalone import Catalogue
 from awrsr_jax.inference.trained import load
 from awrsr_jax.model.backbones import build_backbone
 from awrsr_jax.model.gaussian import wasserstein
@@ -157,6 +158,27 @@ def test_strict_refuses_what_would_be_skipped(trained, histories, message):
 def test_one_history_in_place_of_a_list_of_them_is_refused(trained, histories):
   with pytest.raises(ValueError, match="list"):
     trained.recommend(histories)
+
+
+@pytest.mark.parametrize("wrong, shown", [
+    (["i1", "i2"], r"\['i1', 'i2'\]"), (True, "True"), (np.bool_(True), "np.True_"), (None, "None"), (1.0, "1.0"),
+    (np.float32(1), r"np.float32\(1.0\)"), (b"i1", "b'i1'"), (("i1",), r"\('i1',\)"),
+    (np.array([1]), r"array\(\[1\]\)")])
+def test_what_is_no_id_is_refused(trained, wrong, shown, caplog):
+  for ask, where in ((lambda: trained.recommend([["i1"], ["i2", wrong]], k=3), "history 1, item 1"),
+                     (lambda: trained.recommend([["i1"]], k=3, deny=[wrong]), "deny, item 0"),
+                     (lambda: trained.explain(["i1", wrong]), "item 1")):
+    with pytest.raises(ValueError, match=rf"{where} is {shown}, not an id \(text or a whole number\)$"):
+      ask()
+  assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", [
+    np.int8, np.int32, np.uint64, lambda row: np.array(row, object), jnp.array, tuple, iter])
+def test_whole_numbers_of_any_kind_are_ids(kind):
+  rows = [[101, 103, 102], [102, 102, 99]]
+  numbered, unknown = Catalogue([101, 102, 103], [""] * 3, "here").number([kind(row) for row in rows])
+  assert [found.tolist() for found in numbered] == [[1, 3, 2], [2, 2]] and unknown == [[], ["99"]]
 
 
 @pytest.mark.parametrize("k", [0, -1, 38])

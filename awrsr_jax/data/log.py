@@ -28,6 +28,7 @@ SPACES = "' ' || chr(9) || chr(10) || chr(13)"
 UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}  # 1973 in each of them
 NUMBER = r"[\s\x0b]*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?[\s\x0b]*"
 DATE = r"\s*[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}([ T][^(]*)?"
+DATES = "2020-12-31 or 2020/12/31, each also with a time of day, as 2020-12-31 23:59:59+01:00"  # DATE in words
 FAR = 100  # times so many times apart, with none between, were not counted in one unit
 
 
@@ -61,12 +62,14 @@ class Log:
     source: where it came from, for messages.
     titles: raw item id, as text -> title, where they do not stand in the table.
     locate: row (from 0) -> where that is, for messages.
+    is_file: it is named by `config.data`, and is no table from Python; for messages.
   """
 
   database: duckdb.DuckDBPyConnection
   source: str
   titles: dict[str, str]
   locate: Callable[[int], str]
+  is_file: bool = True
 
   def columns(self) -> dict[str, str]:
     """Returns name -> type of the columns of `raw`."""
@@ -149,22 +152,25 @@ def _clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int
                      "their column with --config.data.columns.rating=NAME")
   values = {"user": _id_value(log, "user", types["user"]), "item": _id_value(log, "item", types["item"]),
             "time": _time_value(database, types["time"]) if "time" in types else "0"}
-  good = [f"{values['user']} IS NOT NULL", f"{values['item']} IS NOT NULL", f"{values['time']} IS NOT NULL",
-          f"isfinite(({values['time']})::DOUBLE)"]
+  parts = {"user": f"{values['user']} IS NOT NULL", "item": f"{values['item']} IS NOT NULL"}
   enough = "true"
   if min_rating is not None:
-    good.append("NOT coalesce(isnan(TRY_CAST(rating AS DOUBLE)), true)")
+    parts["rating"] = "NOT coalesce(isnan(TRY_CAST(rating AS DOUBLE)), true)"
     enough = f"TRY_CAST(rating AS DOUBLE) >= {float(min_rating)!r}"
-  good = f"coalesce({' AND '.join(good)}, false)"
+  if "time" in types:
+    parts["time"] = f"{values['time']} IS NOT NULL AND isfinite(({values['time']})::DOUBLE)"
+  good = f"coalesce({' AND '.join(parts.values())}, false)"
   rows, bad, low, first_bad = database.execute(
       f"SELECT count(*), count(*) FILTER (NOT {good}), count(*) FILTER ({good} AND NOT {enough}), "
       f"min(rowid) FILTER (NOT {good}) FROM raw").fetchone()
   if bad and on_bad_row == "error":
-    raise ValueError(f"{log.locate(first_bad)}: {_complain(log, first_bad, min_rating)} ({bad} of {rows} rows are "
-                     "bad); mend the file, or leave such rows out with --config.data.on_bad_row=skip")
+    skip = ", or leave such rows out with --config.data.on_bad_row=skip" if rows > bad + low else ""
+    raise ValueError(f"{log.locate(first_bad)}: {_complain(log, first_bad, parts)} ({bad} of {rows} rows are bad); "
+                     f"mend the {'file' if log.is_file else 'table'}{skip}")
   if rows == bad + low:
-    raise ValueError(f"{log.source} has no interactions ({rows} rows, {bad} of them bad, {low} rated below "
-                     f"{min_rating}); set --config.data.path=FILE to a file that has some")
+    rated = "" if min_rating is None else f", {low} rated below {min_rating}"
+    way_out = "set --config.data.path=FILE to a file that has some" if log.is_file else "give a table that has some"
+    raise ValueError(f"{log.source} has no interactions ({rows} rows, {bad} of them bad{rated}); {way_out}")
   kept = f"{good} AND {enough}"
   if not bad:  # as nearly always: the rest of the queries need not ask again
     kept = enough
@@ -210,10 +216,7 @@ def _time_value(database: duckdb.DuckDBPyConnection, kind: str) -> str:
   if kind.startswith(("TIMESTAMP", "DATE")):
     stamp = "time" if kind == "TIMESTAMP WITH TIME ZONE" else "TRY_CAST(TRY_CAST(time AS TIMESTAMP) AS TIMESTAMPTZ)"
     return f"CASE WHEN isfinite({stamp}) THEN epoch_us({stamp}) END"
-  # DuckDB also takes 0x1F, 1_000, years of two figures and years before Christ
-  number, whole, stamp = (
-      f"CASE WHEN regexp_full_match(time::VARCHAR, '{form}') THEN TRY_CAST(time::VARCHAR AS {kind}) END"
-      for form, kind in ((NUMBER, "DOUBLE"), (NUMBER, "BIGINT"), (DATE, "TIMESTAMPTZ")))
+  number, whole, stamp = _time_forms()
   numbers, whole_numbers, stamps = database.execute(
       f"SELECT count(*) FILTER (isfinite({number})), count(*) FILTER ({number} = {whole}), "
       f"count(*) FILTER (isfinite({stamp})) FROM raw").fetchone()
@@ -222,15 +225,31 @@ def _time_value(database: duckdb.DuckDBPyConnection, kind: str) -> str:
   return whole if whole_numbers == numbers else number
 
 
-def _complain(log: Log, row: int, min_rating: float | None) -> str:
-  """Returns what is wrong with a bad row."""
-  names: list[str] = [name for name in ("user", "item", "time") if name in log.columns()]
-  names += ["rating"] if min_rating is not None else []
-  shown = ", ".join(f'"{name}"::VARCHAR' for name in names)
-  values = log.database.execute(f"SELECT {shown} FROM raw WHERE rowid = $row", {"row": row}).fetchone()
-  found = ", ".join(f"{name}={'none' if value is None else repr(value[:60])}"
-                    for name, value in zip(names, values, strict=True))
-  return f"{found}: a row needs a user, an item and a time{' and a rating' if min_rating is not None else ''}"
+def _time_forms() -> tuple[str, ...]:
+  """Returns SQL for a time of text as a number, as a whole one, and as a date; each NULL where it is none."""
+  # DuckDB also takes 0x1F, 1_000, years of two figures and years before Christ
+  return tuple(f"CASE WHEN regexp_full_match(time::VARCHAR, '{form}') THEN TRY_CAST(time::VARCHAR AS {kind}) END"
+               for form, kind in ((NUMBER, "DOUBLE"), (NUMBER, "BIGINT"), (DATE, "TIMESTAMPTZ")))
+
+
+def _complain(log: Log, row: int, parts: dict[str, str]) -> str:
+  """Returns what is wrong with a bad row; `parts` is SQL for whether each of its values is good, the time last."""
+  number, _, stamp = _time_forms() if "time" in parts else ("NULL",) * 3
+  shown = ", ".join(f'"{name}"::VARCHAR, coalesce({part}, false)' for name, part in parts.items())
+  *values, is_number, is_date = log.database.execute(
+      f"SELECT {shown}, coalesce(isfinite({number}), false), coalesce(isfinite({stamp}), false) FROM raw "
+      "WHERE rowid = $row", {"row": row}).fetchone()
+  texts = dict(zip(parts, values[::2], strict=True))
+  found = ", ".join(f"{name}={'none' if text is None else repr(text[:60])}" for name, text in texts.items())
+  wrong = [name for name, fine in zip(parts, values[1::2], strict=True) if not fine]
+  if wrong == ["time"] and (texts["time"] or "").strip():
+    if is_number or is_date:
+      kinds = ("number", "dates") if is_number else ("date", "numbers")
+      return f"{found} is a {kinds[0]}, and the times of this log are read as {kinds[1]}"
+    return f"{found} is neither a number nor a date of a form that is read ({DATES})"
+  if wrong == ["rating"] and (texts["rating"] or "").strip():
+    return f"{found}: the rating is no number"
+  return f"{found}: a row needs a user, an item and a time{' and a rating' if 'rating' in parts else ''}"
 
 
 def _number_ids(log: Log, name: str, value: str, kept: str) -> None:

@@ -46,6 +46,10 @@ LAYOUTS = {  # who publishes it: the names of user, item, time, rating and title
     "MovieLens in TFDS": ("user_id", "movie_id", "timestamp", "user_rating", "movie_title"),
     "RecBole": ("user_id:token", "item_id:token", "timestamp:float", "rating:float", ""),
 }
+LATER = {  # looked for where none of those fits, not even with what the config names
+    "generic with timestamp": ("user", "item", "timestamp", "rating", "title"),
+    "generic with _id and time": ("user_id", "item_id", "time", "rating", "title"),
+}
 AMAZON_USER, AMAZON_ITEM = re.compile("A[0-9A-Z]{9,20}"), re.compile("B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 SAMPLE = 1000  # lines looked at to tell what a file is
 DELIMITERS = ",\t;|"
@@ -156,7 +160,7 @@ def read_frame(database: duckdb.DuckDBPyConnection, table: Any, data: Any) -> Lo
     if isinstance(error, duckdb.Error) and is_about_space(error):
       raise
     raise ValueError(f"cannot read {source}: {first_line(error)}; give a pandas, polars or pyarrow table") from error
-  return Log(database, source, {}, lambda row: f"{source}, row {row + 1}")
+  return Log(database, source, {}, lambda row: f"{source}, row {row + 1}", is_file=False)
 
 
 def _take_columns(table: Any, names: list[str]) -> Any:
@@ -193,15 +197,16 @@ def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]
       raise ValueError(f"{where} has no column {name!r}, but {names}; set --config.data.columns.{key}=NAME")
   if len(set(names)) < len(names):
     raise ValueError(f"{where} has several columns of one name: {names}; give each its own")
-  for layout in LAYOUTS.values():
-    full = {key: name for key, name in zip(KEYS, layout, strict=True) if name in names} | chosen
-    if tuple(full.get(key) for key in KEYS[:3]) == layout[:3]:
-      return {key: full[key] for key in KEYS if key in full}
-  for layout in LAYOUTS.values():  # what the config names, and the rest of user, item and time
-    full = {key: name for key, name in zip(KEYS[:3], layout[:3], strict=True) if name in names} | chosen
-    if set(KEYS[:3]) <= full.keys():
-      return {key: full[key] for key in KEYS if key in full}
-  known = "; ".join(f"{', '.join(layout[:3])} ({name})" for name, layout in LAYOUTS.items())
+  for layouts in (LAYOUTS, LATER):
+    for layout in layouts.values():
+      full = {key: name for key, name in zip(KEYS, layout, strict=True) if name in names} | chosen
+      if tuple(full.get(key) for key in KEYS[:3]) == layout[:3]:
+        return {key: full[key] for key in KEYS if key in full}
+    for layout in layouts.values():  # what the config names, and the rest of user, item and time
+      full = {key: name for key, name in zip(KEYS[:3], layout[:3], strict=True) if name in names} | chosen
+      if set(KEYS[:3]) <= full.keys():
+        return {key: full[key] for key in KEYS if key in full}
+  known = "; ".join(f"{', '.join(layout[:3])} ({name})" for name, layout in (LAYOUTS | LATER).items())
   headless = f"; for a file whose first line is a row already set {HEADER}" * any(map(_is_number, names))
   raise ValueError(f"{where}: which of the columns {names} are user, item and time? Known are {known}; for others set "
                    f"--config.data.columns.user=NAME, .item=NAME and .time=NAME{headless}")
@@ -330,12 +335,13 @@ def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_ba
       "SELECT file_path, line_byte_position, csv_line, error_type, error_message FROM reject_errors JOIN reject_scans "
       "USING (scan_id, file_id) ORDER BY list_position($files, file_path), line_byte_position", {"files": files})
   found = {(file, place): rest for file, place, *rest in rejects.fetchall()}
+  are_all = not database.execute("SELECT count(*) FROM raw").fetchone()[0]
   for (file, place), (text, kind, message) in found.items():
     # after an open quote or an endless line nobody knows where the next row starts: that is never left out
     swallowed = kind == "LINE SIZE OVER MAXIMUM" or (
         kind == "UNQUOTED VALUE" and ("\n" in text.strip() or mixes_line_ends(file)))
     if on_bad_row == "error" or swallowed:
-      way_out = "" if swallowed else ", or leave such rows out with --config.data.on_bad_row=skip"
+      way_out = "" if swallowed or are_all else ", or leave such rows out with --config.data.on_bad_row=skip"
       raise ValueError(f"{file}:{count_lines(file, place)}: {quote(text)}: {first_line(message)} ({len(found)} lines "
                        f"are bad); mend the file{way_out}")
   if found:

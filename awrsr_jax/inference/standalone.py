@@ -14,7 +14,10 @@ import hashlib
 import itertools
 import json
 import logging
+import operator
 import pathlib
+import re
+import reprlib
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -30,6 +33,8 @@ SAID = {"bytes", "sha256"}  # of each file
 READ = {"model.stablehlo", "params.npz", "items.json"}  # beside it
 BATCH = 256  # histories of one call, at most
 NAMED = 5  # unknown items named in a message, at most
+PLAIN = {str, int, np.str_, np.int32, np.int64}  # types of ids; True is none, though bool is a kind of int
+CONTROL = re.compile("[\x7f-\x9f]")  # JSON may hold them as they are, and terminals obey
 AGAIN = "copy the artefact again, or export it again from its run"
 
 Id = int | str
@@ -61,7 +66,7 @@ class Catalogue:
     """Returns the item numbers (int32) of each history, and which of its items are not in the catalogue.
 
     Raises:
-      ValueError: an input is no list of histories.
+      ValueError: an input is no list of histories, or an item is neither text nor a whole number.
     """
     check_list(histories, "histories")
     known = self.numbers
@@ -69,7 +74,7 @@ class Catalogue:
     for row, history in enumerate(histories):
       if isinstance(history, (str, bytes)) or not isinstance(history, Iterable):
         raise ValueError(f"history {row} is {history!r}, not a list of items; one history is recommend([[...]])")
-      raws = [raw if type(raw) is str else str(raw) for raw in history]
+      raws = to_text(history, "history", row)
       found = [known.get(raw, 0) for raw in raws]
       unknown.append([raw for raw, number in zip(raws, found, strict=True) if not number] if 0 in found else [])
       numbered.append(np.array([number for number in found if number] if 0 in found else found, np.int32))
@@ -77,6 +82,18 @@ class Catalogue:
 
   def admit(self, histories: Sequence[Iterable[Id]], strict: bool = False) -> tuple[list[np.ndarray], int]:
     """Returns the item numbers of each history, and how many items were left out: logged, or refused.
+
+    Raises:
+      ValueError: see `look_up`.
+    """
+    numbered, unknown = self.look_up(histories, strict)
+    empty = sum(not len(numbers) for numbers in numbered)
+    if empty:
+      LOG.warning("%d of %d histories hold no known item and get no recommendations", empty, len(numbered))
+    return numbered, unknown
+
+  def look_up(self, histories: Sequence[Iterable[Id]], strict: bool = False) -> tuple[list[np.ndarray], int]:
+    """As `admit`, but nothing is said of histories without a known item.
 
     Raises:
       ValueError: see `number`; or, with `strict`, an item is unknown or a history has none that is known.
@@ -90,23 +107,21 @@ class Catalogue:
     if missing:
       LOG.warning("%d items of the histories are not in the catalogue of %s and were skipped, %d different ones, such "
                   "as %s", missing.total(), self.source, len(missing), [raw for raw, _ in missing.most_common(NAMED)])
-    empty = sum(not len(numbers) for numbers in numbered)
-    if empty:
-      LOG.warning("%d of %d histories hold no known item and get no recommendations", empty, len(numbered))
     return numbered, missing.total()
 
   def allowed(self, rows: int, allow: Iterable[Id] | None, deny: Iterable[Id], strict: bool = False) -> np.ndarray:
     """Returns bool (rows,), which rows of the item table may be given; `deny` wins.
 
     Raises:
-      ValueError: nothing is allowed, or an input is no list; or, with `strict`, an item is unknown.
+      ValueError: nothing is allowed, an input is no list, or an item is neither text nor a whole number; or, with
+        `strict`, an item is unknown.
     """
     chosen = np.full(rows, allow is None)
     for name, listed, value in (("allow", allow, True), ("deny", deny, False)):
       if listed is None:
         continue
       check_list(listed, name)
-      listed = list(map(str, listed))
+      listed = to_text(listed, name)
       unknown = [raw for raw in listed if raw not in self.numbers]
       if unknown and strict:
         raise ValueError(f"{name} holds {len(unknown)} items that are not in the catalogue, such as {unknown[:NAMED]}")
@@ -174,7 +189,7 @@ class Recommender:
       which the model knows nothing. Unknown items are skipped, counted and logged.
 
     Raises:
-      ValueError: k is out of range, an input is no list, or nothing is allowed.
+      ValueError: k is out of range, an input is no list, an item is no id, or nothing is allowed.
       FloatingPointError: a score is NaN.
     """
     if not 1 <= k <= self.k:
@@ -337,6 +352,38 @@ def check_list(values: Any, what: str) -> None:
     raise ValueError(f"{what} must be a list, not {values!r}")
 
 
+def to_text(ids: Iterable[Id], *where: str | int) -> list[str]:
+  """Returns ids as text.
+
+  Args:
+    ids: text or whole numbers, also those of numpy.
+    where: they stand, in words for messages.
+
+  Raises:
+    ValueError: one is something else.
+  """
+  listed: list[Any] = ids if type(ids) is list else list(ids)
+  kinds = set(map(type, listed))  # few, and quicker asked than each id
+  if kinds == {str}:
+    return listed
+  if not kinds <= PLAIN:
+    for at, raw in enumerate(listed):
+      if not is_id(raw):
+        raise ValueError(f"{' '.join(map(str, where))}, item {at} is {reprlib.repr(raw)}, not an id (text or a whole "
+                         "number)")
+  return [str(raw) for raw in listed]
+
+
+def is_id(raw: Any) -> bool:
+  """Returns whether a value is text or a whole number; those of arrays are."""
+  if isinstance(raw, bool):
+    return False
+  try:
+    return isinstance(raw, str) or operator.index(raw) is not None
+  except TypeError:
+    return False
+
+
 def round_up(size: int) -> int:
   """Returns the next power of two: few shapes, so few compilations."""
   return 1 << (size - 1).bit_length()
@@ -364,8 +411,27 @@ def read_histories(path: str) -> list[list[Id]]:
   return histories
 
 
+def to_json(found: list[list[Recommendation]], unknown: list[list[str]], has_titles: bool) -> str:
+  """Returns a line of JSON for each history, as python -m awrsr_jax.recommend does.
+
+  Args:
+    found: best first.
+    unknown: the items of each history that are not in the catalogue.
+    has_titles: any item has one.
+  """
+  lines = []
+  for row, missing in zip(found, unknown, strict=True):
+    scores = np.array([best.score for best in row], np.float32).astype("U16")  # the fewest digits that give them back
+    line = {"items": [best.item for best in row], "scores": scores.astype(np.float64).tolist()}
+    line |= {"titles": [best.title for best in row]} if has_titles else {}
+    line |= {"unknown": len(missing)} if missing else {}
+    text = json.dumps(line, ensure_ascii=False)
+    lines.append(CONTROL.sub(lambda char: f"\\u{ord(char[0]):04x}", text) + "\n")
+  return "".join(lines)
+
+
 def main(arguments: list[str]) -> None:
-  """Prints a JSON line a history: {"items": [...], "scores": [...], "titles": [...]}, best first."""
+  """Prints a JSON line a history: {"items": [...], "scores": [...]}, best first; see `to_json`."""
   if len(arguments) not in (1, 2) or (len(arguments) == 2 and not arguments[1].isdecimal()):
     sys.exit("python recommender.py HISTORIES.jsonl [K]: a line a history, a list of raw ids, oldest first; K is 10")
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -376,9 +442,8 @@ def main(arguments: list[str]) -> None:
     found = recommender.recommend(histories, k)
   except ValueError as error:
     sys.exit(f"ValueError: {error}")
-  for row in found:
-    print(json.dumps({"items": [best.item for best in row], "scores": [best.score for best in row],
-                      "titles": [best.title for best in row]}, ensure_ascii=False))
+  _, unknown = recommender.catalogue.number(histories)
+  print(to_json(found, unknown, any(recommender.catalogue.titles)), end="")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import os
+import reprlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -140,9 +141,15 @@ class Trained:
     """Explains the best k items of one history; arguments and errors as of recommend.
 
     Raises:
-      ValueError: also where no item of the history is known.
+      ValueError: also for a list of histories, and where no item of the history is known.
     """
-    [numbers], _ = self.catalogue.admit([history], strict)
+    check_list(history, "history")
+    raws: list[Any] = list(history)
+    for at, raw in enumerate(raws):
+      if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", False):
+        raise ValueError(f"explain takes one history, not a list of them: item {at} is {reprlib.repr(raw)}, not an id "
+                         "(text or a whole number)")
+    [numbers], _ = self.catalogue.look_up([raws], strict)
     if not len(numbers):
       raise ValueError(f"no item of this history is in the catalogue of {self.workdir}; there is nothing to explain")
     scores, items = self.top([numbers], k, exclude_seen=exclude_seen, allowed=self.allowed(allow, deny, strict))
