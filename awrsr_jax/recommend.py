@@ -17,8 +17,9 @@ from absl import app, flags
 from awrsr_jax.command import begin, refuse
 from awrsr_jax.data.lines import read_lines
 from awrsr_jax.foreign import shorten
-from awrsr_jax.inference.files import SHOWN, Counts, Job, check_output, encode, recommend_file, recommend_stream
+from awrsr_jax.inference.files import SHOWN, Counts, Job, check_output, recommend_file, recommend_stream
 from awrsr_jax.inference.histories import check_source
+from awrsr_jax.inference.standalone import encode
 from awrsr_jax.inference.trained import Trained, load
 
 LOG = logging.getLogger("awrsr_jax.recommend")  # __name__ is "__main__"

@@ -250,7 +250,7 @@ It gives up to {k} items for a history of raw item ids, of any user; it looks at
 ```sh
 pip install "jax=={jax}" numpy flatbuffers      # jax[cuda13], jax[tpu] where there is such a device
 echo {words} > histories.jsonl
-python recommender.py histories.jsonl 5         # a JSON line a history: items, scores, titles
+python recommender.py histories.jsonl 5         # a JSON line a history: items, scores, titles if there are any
 ```
 
 ```python

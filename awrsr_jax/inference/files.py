@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -32,7 +31,7 @@ import awrsr_jax
 from awrsr_jax.engine.run_folder import lock_folder, read_json, write_bytes, write_json
 from awrsr_jax.foreign import INT64, shorten
 from awrsr_jax.inference.histories import Histories, find_files, read_histories
-from awrsr_jax.inference.standalone import NAMED
+from awrsr_jax.inference.standalone import NAMED, encode
 from awrsr_jax.inference.trained import Trained
 
 LOG = logging.getLogger(__name__)
@@ -42,8 +41,6 @@ FORMATS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".ndjson": "jsonl", ".ndjson
            ".csv.gz": "csv", ".parquet": "parquet"}
 COLUMNS = ("user", "rank", "item", "score", "title")
 SHOWN = 200  # letters of an id or a title, in text that is made to be read
-CONTROL = re.compile("[\x7f-\x9f]")
-ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,12 +247,6 @@ def _to_json(trained: Trained, histories: Histories, found: list[Any], job: Job)
       line["explanation"] = _explain(trained, numbers, scores, items)
     lines.append(encode(line) + "\n")
   return "".join(lines)
-
-
-def encode(line: dict[str, Any]) -> str:
-  """Returns a line of JSON; control characters that JSON may hold as they are, and terminals obey, are escaped too."""
-  text = ENCODE(line)
-  return text if text.isascii() else CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _digits(scores: np.ndarray) -> np.ndarray:

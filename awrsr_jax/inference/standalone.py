@@ -35,6 +35,7 @@ BATCH = 256  # histories of one call, at most
 NAMED = 5  # unknown items named in a message, at most
 PLAIN = {str, int, np.str_, np.int32, np.int64}  # types of ids; True is none, though bool is a kind of int
 CONTROL = re.compile("[\x7f-\x9f]")  # JSON may hold them as they are, and terminals obey
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 AGAIN = "copy the artefact again, or export it again from its run"
 
 Id = int | str
@@ -425,9 +426,14 @@ def to_json(found: list[list[Recommendation]], unknown: list[list[str]], has_tit
     line = {"items": [best.item for best in row], "scores": scores.astype(np.float64).tolist()}
     line |= {"titles": [best.title for best in row]} if has_titles else {}
     line |= {"unknown": len(missing)} if missing else {}
-    text = json.dumps(line, ensure_ascii=False)
-    lines.append(CONTROL.sub(lambda char: f"\\u{ord(char[0]):04x}", text) + "\n")
+    lines.append(encode(line) + "\n")
   return "".join(lines)
+
+
+def encode(line: dict[str, Any]) -> str:
+  """Returns a line of JSON; control characters that JSON may hold as they are, and terminals obey, are escaped too."""
+  text = ENCODE(line)
+  return text if text.isascii() else CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def main(arguments: list[str]) -> None:
