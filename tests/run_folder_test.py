@@ -107,19 +107,24 @@ def test_an_optional_key_that_was_set_is_a_difference(tmp_path):
     open_and_close(tmp_path, train__patience=5)
 
 
-def test_a_key_that_is_newer_than_the_folder_has_its_default_there_and_an_older_one_is_refused(tmp_path):
+def test_a_folder_of_another_version_is_refused_by_the_key_it_lacks_or_has_too_much(tmp_path):
   open_and_close(tmp_path)
   config = read(tmp_path / "config.json")
-  width = config["model"].pop("width")
+  config["model"]["legacy"] = config["model"].pop("width")
   run_folder.write_json(tmp_path / "config.json", config)
-  with pytest.raises(ValueError, match=f"config.model.width: {width} there, 32 now"):
-    open_and_close(tmp_path, model__width=32)
-  open_and_close(tmp_path)
-  assert read(tmp_path / "config.json")["model"]["width"] == width
-  config["model"]["legacy"] = width
-  run_folder.write_json(tmp_path / "config.json", config)
-  with pytest.raises(ValueError, match=f"config.model.legacy: {width} there, None now. Use"):
+  with pytest.raises(ValueError, match="config.model.legacy: 64 there, None now; config.model.width: None there, 64"):
     open_and_close(tmp_path)
+
+
+def test_a_key_that_is_newer_than_published_runs_has_its_default_in_their_folders(tmp_path):
+  open_and_close(tmp_path)
+  config = read(tmp_path / "config.json")
+  del config["train"]["item_start"]
+  run_folder.write_json(tmp_path / "config.json", config)
+  with pytest.raises(ValueError, match="config.train.item_start: random there, cooccurrence now"):
+    open_and_close(tmp_path, train__item_start="cooccurrence")
+  open_and_close(tmp_path)
+  assert read(tmp_path / "config.json")["train"]["item_start"] == "random"
 
 
 def test_epochs_may_grow_and_not_shrink(tmp_path):
