@@ -94,6 +94,12 @@ def test_a_misspelt_flag_is_one_line(flags, message, monkeypatch):
     command.parse_flags([sys.argv[0], *flags])
 
 
+def test_a_command_line_without_a_config_file_is_told_to_name_one():
+  done = subprocess.run([sys.executable, "-m", "awrsr_jax.main", "--workdir=runs/none"], cwd=ROOT, capture_output=True,
+                        text=True, timeout=300)
+  assert done.returncode == 1 and "--config=FILE is missing; configs/ has some" in done.stderr
+
+
 def test_a_process_that_fails_alone_does_not_wait_for_those_that_wait_for_it(tmp_path):
   code = ("import atexit, jax\nfrom absl import app\nfrom awrsr_jax import main\n"
           "def train(*_): raise ValueError('a shard is damaged')\n"

@@ -280,6 +280,12 @@ def test_a_run_is_evaluated_under_another_protocol(run, monkeypatch):
   assert 0 < found["test"]["hr@1"] < 1
 
 
+def test_the_command_that_evaluates_names_its_own_flag(run):
+  command = [sys.executable, "-m", "awrsr_jax.evaluate", f"--workdir={run[1]}", "--protocol=uniform100"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 1 and done.stderr.endswith("; use --protocol=full\n"), done.stderr
+
+
 def test_a_run_is_evaluated_on_data_that_moved(run, tmp_path):
   log = run[1].parent / "log.csv"
   moved = shutil.move(log, tmp_path / "moved.csv")
