@@ -342,7 +342,8 @@ def test_without_a_terminal_each_line_is_logged(tmp_path, caplog):
 
 def test_a_bucket_gets_whole_files_and_no_lock(tmp_path, monkeypatch):
   """On a local folder, taken for a bucket: what is written differs, not where."""
-  monkeypatch.setattr(run_folder, "is_remote", lambda path: True)
+  for module in (run_folder, metrics):
+    monkeypatch.setattr(module, "is_remote", lambda path: True)
   monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("a bucket cannot rename"))
   for _ in range(2):  # the second time it is compared
     run_folder.open_run(tmp_path, make_config(), CORPUS).close()
