@@ -39,6 +39,7 @@ def test_run_folder_holds_what_the_house_promises(finished):
   assert json.loads((workdir / "result.json").read_text()) == result
   keys = {"hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr"}
   assert result["test"].keys() == result["valid"].keys() == result["oracle"].keys() == keys
+  assert result["device"] == "1 x cpu (cpu)" and jax.device_count() == 8  # of its mesh
   assert json.loads((workdir / "config.json").read_text())["train"]["learning_rate"] == 0.01
   assert json.loads((workdir / "corpus.json").read_text())["users"] == 60
   assert list((workdir / "tensorboard").iterdir()) and list((workdir / "checkpoints").iterdir())
