@@ -23,15 +23,10 @@ def take_top(score_rows: Callable[[Hidden, Any], jax.Array], hidden: Hidden, row
   """Returns the best k of some rows of the catalogue.
 
   Args:
-    score_rows: (hidden, K rows) -> (B, K); larger is better.
-    hidden: of B histories.
-    rows: tree of tables (V', D), the rows `first_row` to `first_row` + V' - 1 of the catalogue.
-    first_row: the number of their first.
-    num_items: I; the other rows are no items.
+    score_rows, hidden, rows, first_row, num_items, block_items: see hidden.make_block_scan.
     excluded_BxS: item numbers that a history is not given; 0 is none.
     allowed_V: bool (V',), which of the rows may be given to any.
     k: how many.
-    block_items: rows scored at a time.
 
   Returns:
     Scores -inf and items 0 where fewer than k are left; scores NaN, all k, where any score was.
