@@ -40,7 +40,7 @@ CHOICES = {
     "train.item_start": ("random", "cooccurrence"),
     "train.optimizer": ("adam", "adamw"),
     "train.schedule": ("constant", "cosine", "linear"),
-    "eval.protocol": ("full", "uniform100", "popular100"),
+    "eval.protocol": ("full", "unfiltered", "uniform100", "popular100"),
 }
 
 # key -> smallest allowed value, and whether that value itself is allowed
@@ -167,7 +167,7 @@ def default() -> ml_collections.ConfigDict:
   train.log_every = 50  # steps between lines of metrics.jsonl
 
   config.eval = ml_collections.ConfigDict()
-  config.eval.protocol = "full"  # full | uniform100 | popular100 (sampled: for comparing with old papers only)
+  config.eval.protocol = "full"  # full | unfiltered | uniform100 | popular100: full, or what others ranked by
   config.eval.every_epochs = 1
   config.eval.batch_size = 256  # users
   config.eval.block_items = 65_536  # items scored at a time: bounds memory, changes no rank

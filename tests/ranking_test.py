@@ -154,11 +154,13 @@ def test_a_model_that_scores_all_items_alike_gets_the_middle_rank(backbone, para
   np.testing.assert_array_equal(got, [1 + count / 2 for count in rivals])
 
 
-@pytest.mark.parametrize("split,back", [("valid", 2), ("test", 1)])
-def test_a_real_backbone_ranks_as_a_float64_loop_over_users(backbone, params, corpus, split, back):
-  config = make_config()
+@pytest.mark.parametrize("split,back,protocol", [("valid", 2, "full"), ("test", 1, "full"), ("test", 1, "unfiltered")])
+def test_a_real_backbone_ranks_as_a_float64_loop_over_users(backbone, params, corpus, split, back, protocol):
+  config = make_config(eval__protocol=protocol)
   batches = data_batches.ranking_batches(corpus, config, split)
-  got = ranking.rank_users(ranking.make_rank_step(backbone, make(1, 1), 16), params, batches, make(1, 1))
+  step = ranking.make_rank_step(backbone, make(1, 1), 16)
+  got = ranking.rank_users(step, params, batches, make(1, 1))
+  np.testing.assert_array_equal(ranking.rank_users(step, params, batches, make(1, 1), items=jnp.int32(corpus.items)), got)
   encode = jax.jit(lambda inputs: backbone.apply({"params": params}, inputs, method="encode").newest().mean)
   table = np.float64(params["embedding"]["item_table"])[:ITEMS + 1]
   expected, targets_seen = [], 0
@@ -166,7 +168,7 @@ def test_a_real_backbone_ranks_as_a_float64_loop_over_users(backbone, params, co
     known, target = corpus.history(user)[:-back], corpus.history(user)[-back]
     newest = known[-6:]
     mean = encode(jnp.int32([[0] * (6 - len(newest)) + newest.tolist()]))
-    expected.append(loop_rank(table @ np.float64(mean[0]), target, known.tolist()))
+    expected.append(loop_rank(table @ np.float64(mean[0]), target, known.tolist() if protocol == "full" else []))
     targets_seen += target in known
   np.testing.assert_array_equal(got, expected)
   assert len(got) == 45 and targets_seen > 0 and len(set(expected)) > 10
@@ -251,9 +253,10 @@ def test_every_user_counts_once_whatever_the_batch_size(backbone, params, corpus
   assert ranks[7] == ranks[64] and ranks[7].keys() == set(range(45))
 
 
-def test_devices_change_no_rank(backbone, params, corpus):
+@pytest.mark.parametrize("protocol", ["full", "unfiltered"])
+def test_devices_change_no_rank(backbone, params, corpus, protocol):
   ranks = []
-  batches = data_batches.ranking_batches(corpus, make_config(data__buckets=1), "test")
+  batches = data_batches.ranking_batches(corpus, make_config(data__buckets=1, eval__protocol=protocol), "test")
   for shape in ((1, 1), (8, 1), (2, 4), (1, 8)):
     mesh = make(*shape)
     step = ranking.make_rank_step(backbone, mesh, 16)
@@ -292,7 +295,7 @@ def test_the_protocol_in_words_has_the_tie_rule_and_labels_samples():
 # --- the computable best
 
 
-@pytest.mark.parametrize("protocol", ["full", "uniform100"])
+@pytest.mark.parametrize("protocol", ["full", "unfiltered", "uniform100"])
 def test_the_oracle_ranks_as_a_loop_over_users(protocol):
   config = default()
   config.data.name, config.data.max_length, config.data.buckets = "synthetic", 6, 2
@@ -302,7 +305,7 @@ def test_the_oracle_ranks_as_a_loop_over_users(protocol):
   batches = data_batches.ranking_batches(corpus, config, "test")
   got = ranking.rank_by(batches, corpus.oracle)
   candidates = {}
-  if protocol != "full":
+  if protocol == "uniform100":
     drawn = np.concatenate([batch["candidates"] for batch in batches])
     candidates = dict(zip(batches.users.tolist(), drawn.tolist(), strict=False))
   expected = []
@@ -310,7 +313,7 @@ def test_the_oracle_ranks_as_a_loop_over_users(protocol):
     known, target = corpus.history(user)[:-1], corpus.history(user)[-1]
     scores = corpus.oracle(known[None])[0]
     outside = set(range(1, corpus.num_items + 1)) - set(candidates.get(user, range(1, corpus.num_items + 1)))
-    expected.append(loop_rank(scores, target, {*known.tolist(), *outside}))
+    expected.append(loop_rank(scores, target, outside if protocol == "unfiltered" else {*known.tolist(), *outside}))
   np.testing.assert_array_equal(got, expected)
   assert got.shape == (70,) and got.min() >= 1
 

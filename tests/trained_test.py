@@ -278,6 +278,8 @@ def test_a_run_is_evaluated_under_another_protocol(run, monkeypatch):
   found = evaluate(run[1], "popular100")
   assert found["protocol"].count("SAMPLED") == 1 and found["test"]["hr@10"] == found["valid"]["hr@10"] == 1
   assert 0 < found["test"]["hr@1"] < 1
+  found, full = evaluate(run[1], "unfiltered"), evaluate(run[1], "full")
+  assert "NOT filtered" in found["protocol"] and found["test"]["mrr"] < full["test"]["mrr"]
 
 
 def test_the_command_that_evaluates_names_its_own_flag(run):

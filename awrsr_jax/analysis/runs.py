@@ -57,6 +57,7 @@ class Run:
 
   @property
   def seed(self) -> int:
+    """Of the run: it decides initial values, batches, dropout and negatives."""
     return self.config["seed"]
 
   def curve(self, split: str, name: str) -> tuple[np.ndarray, ...]:

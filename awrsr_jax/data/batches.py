@@ -22,7 +22,8 @@ Batch = dict[str, Any]
 Parts = tuple[tuple[int, ...], int]  # which parts of a global batch, and how many it has; see mesh.local_parts
 WHOLE: Parts = (0,), 1
 ROWS = 8  # of each bucket a piece of a batch has a multiple of this, where config.train.batch_size allows it
-NUM_CANDIDATES = 100  # of the sampled protocols, as their name says
+SAMPLED = "uniform100", "popular100"  # protocols that rank among candidates
+NUM_CANDIDATES = 100  # as their names say
 
 
 def training_rows(corpus: Corpus, max_length: int, long_history: str) -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +130,7 @@ class TrainBatches:
 
   @property
   def steps_per_epoch(self) -> int:
+    """Global batches of an epoch, which share its rows evenly."""
     return -(-len(self.starts) // self.batch_size)
 
   @property
@@ -171,6 +173,7 @@ class TrainBatches:
     return self.bounds(epoch, np.arange(self.steps_per_epoch))
 
   def __len__(self) -> int:
+    """Returns the number of global batches of all epochs."""
     return self.epochs * self.steps_per_epoch
 
   def __getitem__(self, step: int) -> Batch:
@@ -250,9 +253,11 @@ class RankingBatches:
     return users_of(self.corpus.offsets, self.targets)
 
   def __len__(self) -> int:
+    """Returns the number of global batches."""
     return math.ceil(len(self.targets) / self.batch_size)
 
   def __iter__(self) -> Iterator[Batch]:
+    """Yields what the parts hold of each global batch; S and L grow from batch to batch, B stays."""
     for batch in range(len(self)):
       targets = self.targets[batch * self.batch_size:(batch + 1) * self.batch_size]
       seen_length, length = self._lengths(targets)
@@ -263,7 +268,7 @@ class RankingBatches:
       seen = gather_rows(self.corpus.items, starts, ends, seen_length)
       result = {"inputs": seen[:, -length:], "seen": seen, "mask": real.astype(np.float32),
                 "target": gather_rows(self.corpus.items, ends, ends + real, 1)[:, 0]}
-      if self.protocol != "full":
+      if self.protocol in SAMPLED:
         result["candidates"] = np.zeros((len(targets), NUM_CANDIDATES), np.int32)
         result["candidates"][real] = self._candidates(targets[real])
       yield result
@@ -317,7 +322,7 @@ def ranking_batches(corpus: Corpus, config: Any, split: str, parts: Parts = WHOL
   """
   targets = corpus.split.targets[split]
   lengths = history_lengths(corpus, targets)
-  if config.eval.protocol != "full":
+  if config.eval.protocol in SAMPLED:
     _check_candidates(corpus, config.eval.protocol, int(lengths.max()) + 1)
   order = np.argsort(lengths, kind="stable")
   buckets = plan_buckets(np.clip(lengths, 1, config.data.max_length), config.data.buckets)

@@ -1,7 +1,8 @@
 """Exact ranks, streamed over blocks of items, and the metrics made of them.
 
 rank = 1 + the number of items scored above the target + half the number of other items tied with it. Items of the
-user's own history score -inf, the target never, padding never ranks. Memory does not grow with the number of items.
+user's own history are no rivals, unless the protocol is unfiltered; the target ranks even if it is among them, padding
+never does. Memory does not grow with the number of items.
 Shapes: B users, S padded history, C candidates, K block of items.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from awrsr_jax.data.batches import RankingBatches
+from awrsr_jax.data.batches import SAMPLED, RankingBatches
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.feed import Feed, build_rows, place_rows
 from awrsr_jax.engine.mesh import stop_flags, to_global
@@ -25,6 +26,7 @@ from awrsr_jax.model.hidden import Hidden, make_block_scan
 CUTOFFS = {"hr": (1, 5, 10, 20), "ndcg": (5, 10, 20)}
 PROTOCOLS = {
     "full": "full ranking over all items, the user's history filtered",
+    "unfiltered": "full ranking over all items, the user's history NOT filtered (not comparable with filtered ranking)",
     "uniform100": "SAMPLED: the target among 100 items drawn uniformly outside the user's history "
                   "(not comparable with full ranking)",
     "popular100": "SAMPLED: the target among 100 items drawn by popularity outside the user's history "
@@ -37,7 +39,7 @@ TIE_RULE = "rank = 1 + items scored higher + half of the other items tied with t
 
 def rank_among_all(backbone: nn.Module, mesh: Mesh, catalogue: Any, hidden: Hidden, target_B: jax.Array,
                    seen_BxS: jax.Array, block_items: int) -> jax.Array:
-  """Ranks each target among all items outside the history.
+  """Ranks each target among all items but those given as seen.
 
   Every device of the "model" axis scores the rows of the catalogue that it holds, a block at a time, and only scores of
   targets and counts travel between devices. The same matrix product gives the target's score and those it is compared
@@ -111,26 +113,28 @@ def rank_among_candidates(backbone: nn.Module, params: Any, hidden: Hidden, targ
 
 
 def make_rank_step(backbone: nn.Module, mesh: Mesh, block_items: int) -> jax.stages.Wrapped:
-  """Returns the jitted (params, feed, lengths=None) -> ((B,) ranks, whether to stop), whole on all devices.
+  """Returns the jitted (params, feed, lengths=None, filtered=True) -> ((B,) ranks, whether to stop), whole everywhere.
 
   The feed is a ranking batch; or, where `lengths` (S, L) are given (static), row `index` of the users of a split and
-  the corpus that lives on the devices, see _resident_feeds.
+  the corpus that lives on the devices, see _resident_feeds. Without `filtered` (static) items of the history rank, too.
   """
-  def rank_step(params: Any, feed: Feed, lengths: tuple[int, int] | None = None) -> tuple[jax.Array, jax.Array]:
+  def rank_step(params: Any, feed: Feed, lengths: tuple[int, int] | None = None,
+                filtered: bool = True) -> tuple[jax.Array, jax.Array]:
     batch = feed if lengths is None else _build_batch(feed, *lengths, mesh)
     hidden = encode_newest(backbone, params, batch["inputs"])
     if "candidates" in batch:
       ranks = rank_among_candidates(backbone, params, hidden, batch["target"], batch["candidates"])
     else:
       catalogue = backbone.apply({"params": params}, method="catalogue")
-      ranks = rank_among_all(backbone, mesh, catalogue, hidden, batch["target"], batch["seen"], block_items)
+      seen_BxS = batch["seen"] if filtered else batch["seen"][:, :0]
+      ranks = rank_among_all(backbone, mesh, catalogue, hidden, batch["target"], seen_BxS, block_items)
     return ranks, jnp.max(batch["stop"])
-  return jax.jit(in_full_precision(rank_step), static_argnames="lengths",
+  return jax.jit(in_full_precision(rank_step), static_argnames=("lengths", "filtered"),
                  out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _build_batch(feed: Feed, seen_length: int, length: int, mesh: Mesh) -> Feed:
-  """Returns a ranking batch of the full protocol, made on the devices."""
+  """Returns a ranking batch without candidates, made on the devices."""
   starts_B, ends_B = feed["starts"][feed["index"]], feed["ends"][feed["index"]]
   seen_BxS = build_rows(feed["items"], starts_B, ends_B, seen_length, mesh)
   return {"inputs": seen_BxS[:, -length:], "seen": seen_BxS, "stop": feed["stop"],
@@ -171,12 +175,13 @@ def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: 
       raise processes.Preempted(f"while ranking the {batches.split} split")
     ranks.append(np.asarray(rank_B))
 
-  if items is not None and batches.protocol == "full":
+  if items is not None and batches.protocol not in SAMPLED:
     feeds = _resident_feeds(mesh, batches, items)
   else:
     feeds = ((to_global(mesh, batch), None) for batch in batches)
   for feed, lengths in feeds:
-    pending.append(rank_step(params, feed | {"stop": stop_flags(mesh, told_to_stop())}, lengths=lengths))
+    pending.append(rank_step(params, feed | {"stop": stop_flags(mesh, told_to_stop())}, lengths=lengths,
+                             filtered=batches.protocol != "unfiltered"))
     if len(pending) > BATCHES_AHEAD:
       read_oldest()
   while pending:
@@ -212,7 +217,8 @@ def rank_by(batches: RankingBatches, score: Callable[[np.ndarray], np.ndarray]) 
     if "candidates" in batch:
       scores = np.take_along_axis(scores, batch["candidates"], axis=1)
     else:
-      np.put_along_axis(scores, batch["seen"], -np.inf, axis=1)
+      if batches.protocol != "unfiltered":
+        np.put_along_axis(scores, batch["seen"], -np.inf, axis=1)
       scores[rows, batch["target"]] = -np.inf
       scores[:, 0] = -np.inf
     tied = np.sum((scores == target) & (scores > -np.inf), axis=1)

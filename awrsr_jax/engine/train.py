@@ -53,6 +53,7 @@ class Job:
 
   @property
   def total_steps(self) -> int:
+    """Optimizer steps of all epochs."""
     return len(self.batches)
 
   def epoch(self, step: int) -> int:
