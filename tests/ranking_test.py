@@ -160,7 +160,8 @@ def test_a_real_backbone_ranks_as_a_float64_loop_over_users(backbone, params, co
   batches = data_batches.ranking_batches(corpus, config, split)
   step = ranking.make_rank_step(backbone, make(1, 1), 16)
   got = ranking.rank_users(step, params, batches, make(1, 1))
-  np.testing.assert_array_equal(ranking.rank_users(step, params, batches, make(1, 1), items=jnp.int32(corpus.items)), got)
+  resident = ranking.rank_users(step, params, batches, make(1, 1), items=jnp.int32(corpus.items))
+  np.testing.assert_array_equal(resident, got)
   encode = jax.jit(lambda inputs: backbone.apply({"params": params}, inputs, method="encode").newest().mean)
   table = np.float64(params["embedding"]["item_table"])[:ITEMS + 1]
   expected, targets_seen = [], 0
