@@ -1,7 +1,7 @@
 """Baselines for every table: `python -m awrsr_jax.baselines --config=configs/beauty.py --config.data.path=FILE`.
 
-They learn from the training parts alone and are ranked as trained models are: the same targets and histories, items of
-the history filtered, the same tie rule and protocol. Three that need no training loop:
+They learn from the training parts alone and are ranked as trained models are: the same targets and histories, under the
+same protocol and tie rule. Three that need no training loop:
 
   popularity   how often an item is trained on
   last item    a Markov chain of order one: how often an item follows the newest one of the history

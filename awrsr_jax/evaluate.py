@@ -1,8 +1,8 @@
 """Ranks by a trained run again: `python -m awrsr_jax.evaluate --workdir=runs/ml1m --protocol=uniform100`.
 
 The model is the one that training chose on validation. Its data are read as its config says, or from --data_path; they
-must be what it was trained on. So a run can be compared with papers that rank among samples, and one that was watched
-by samples can be ranked among all items, without training again. Nothing in the run folder changes.
+must be what it was trained on. So a run can be compared with papers that rank among samples or leave seen items in, and
+one that was watched by samples can be ranked among all items, without training again. The run folder stays as it is.
 """
 
 import dataclasses

@@ -252,6 +252,11 @@ class RankingBatches:
     """The user of each target."""
     return users_of(self.corpus.offsets, self.targets)
 
+  @property
+  def filtered(self) -> bool:
+    """Whether items of the history are no rivals of the target."""
+    return self.protocol != "unfiltered"
+
   def __len__(self) -> int:
     """Returns the number of global batches."""
     return math.ceil(len(self.targets) / self.batch_size)

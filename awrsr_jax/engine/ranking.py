@@ -181,7 +181,7 @@ def rank_users(rank_step: Callable, params: Any, batches: RankingBatches, mesh: 
     feeds = ((to_global(mesh, batch), None) for batch in batches)
   for feed, lengths in feeds:
     pending.append(rank_step(params, feed | {"stop": stop_flags(mesh, told_to_stop())}, lengths=lengths,
-                             filtered=batches.protocol != "unfiltered"))
+                             filtered=batches.filtered))
     if len(pending) > BATCHES_AHEAD:
       read_oldest()
   while pending:
@@ -217,7 +217,7 @@ def rank_by(batches: RankingBatches, score: Callable[[np.ndarray], np.ndarray]) 
     if "candidates" in batch:
       scores = np.take_along_axis(scores, batch["candidates"], axis=1)
     else:
-      if batches.protocol != "unfiltered":
+      if batches.filtered:
         np.put_along_axis(scores, batch["seen"], -np.inf, axis=1)
       scores[rows, batch["target"]] = -np.inf
       scores[:, 0] = -np.inf
