@@ -229,7 +229,8 @@ def test_a_sampled_protocol_ranks_among_the_candidates_of_the_batch(make_corpus)
   backbone = build_backbone(config, corpus.num_items)
   params = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
   batches = data_batches.ranking_batches(corpus, config, "test")
-  got = ranking.rank_users(ranking.make_rank_step(backbone, make(1, 1), 16), params, batches, make(1, 1))
+  got = ranking.rank_users(ranking.make_rank_step(backbone, make(1, 1), 16), params, batches, make(1, 1),
+                           items=jnp.int32(corpus.items))  # candidates are drawn on the host also where these are there
   encode = jax.jit(lambda inputs: backbone.apply({"params": params}, inputs, method="encode").newest().mean)
   expected = []
   for batch in batches:
