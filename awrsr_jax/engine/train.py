@@ -269,7 +269,7 @@ class Line:
     self._waiting = step, report
 
   def flush(self) -> bool:
-    """Reads the report that waits, if one does; writes a line when one is due.
+    """Reads the report that waits, if one does; writes a line when one is due: every so many steps, and at the end.
 
     Returns:
       Whether to stop.
@@ -286,7 +286,7 @@ class Line:
       raise FloatingPointError(
           f"the loss or its gradient is not finite at step {bad_step} (epoch {self._job.epoch(bad_step)}); "
           "the last checkpoint before it is kept. Lower config.train.learning_rate, or set config.train.clip_norm")
-    if step % self._job.config.train.log_every:
+    if step % self._job.config.train.log_every and step != self._job.total_steps:
       return stop > 0
     window = jax.device_get(report.window)
     now, positions = time.monotonic(), window.positions / window.steps * (step - self._since)  # here, not before it
