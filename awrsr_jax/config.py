@@ -234,6 +234,9 @@ def key_type(config: ml_collections.ConfigDict, key: str) -> type:
 def _check_together(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError for values that are each allowed but not together."""
   model, loss, train = config.model, config.loss, config.train
+  if config.seed >= 1 << 32:
+    raise ValueError(f"config.seed={config.seed} must be below {1 << 32}: JAX's keys are made of 32 bits, and a larger "
+                     "seed would repeat the run of a smaller one")
   if model.width % model.heads:
     raise ValueError(f"config.model.heads={model.heads} does not divide config.model.width={model.width}; "
                      f"choose heads from {[h for h in range(1, model.width + 1) if model.width % h == 0]}")

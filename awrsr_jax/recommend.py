@@ -120,8 +120,9 @@ if __name__ == "__main__":
                                "standard output, JSON lines.")
   K = flags.DEFINE_integer("k", 10, "How many items for each history.")
   INCLUDE_SEEN = flags.DEFINE_bool("include_seen", False, "A history may be given its own items.")
-  ALLOW = flags.DEFINE_string("allow", None, "A file with one raw item id a line: only these are given.")
-  DENY = flags.DEFINE_string("deny", None, "A file with one raw item id a line: these are never given.")
+  ALLOW = flags.DEFINE_string("allow", None, "A file with one raw item id a line, spaces around it aside: only "
+                              "these are given.")
+  DENY = flags.DEFINE_string("deny", None, "A file of such ids, which are never given.")
   SIMILAR = flags.DEFINE_multi_string("similar", None, "A raw item id: the items most similar to it. May be repeated.")
   EXPLAIN = flags.DEFINE_bool("explain", False, "Add to each line of JSON what each item of the history did.")
   TEXT = flags.DEFINE_bool("text", False, "Standard output is made to be read.")

@@ -437,6 +437,13 @@ def candidates_of(corpus, split="test", **values):
   return found[np.argsort(batches.users)]
 
 
+def test_candidates_are_drawn_once(monkeypatch):
+  batches = data_batches.ranking_batches(skewed_corpus(), make_config(eval__protocol="uniform100"), "valid")
+  first = [batch["candidates"].copy() for batch in batches]
+  monkeypatch.delattr(data_batches.RankingBatches, "_candidates")
+  jax.tree.map(np.testing.assert_array_equal, first, [batch["candidates"] for batch in batches])
+
+
 def test_candidates_are_a_function_of_seed_split_and_user_only():
   corpus, protocol = skewed_corpus(), {"eval__protocol": "popular100"}
   found = candidates_of(corpus, eval__batch_size=128, **protocol)

@@ -179,6 +179,7 @@ def test_an_optional_key_has_a_type_and_accepts_a_value_of_it(key):
     ({"model__dropout": 1.0}, "config.model.dropout=1.0 must be below 1"),
     ({"model__attention__dropout": 1.5}, "config.model.attention.dropout=1.5 must be below 1"),
     ({"train__beta1": 1.0}, "config.train.beta1=1.0 must be below 1"),
+    ({"seed": 1 << 32}, "config.seed=4294967296 must be below 4294967296"),
     ({"train__beta2": 1.0}, "config.train.beta2=1.0 must be below 1"),
     ({"loss__gbce_t": 1.01}, "config.loss.gbce_t=1.01"),
     ({"loss__negatives": "popularity"}, "config.loss.negatives=popularity needs config.loss.name=sampled_softmax"),

@@ -80,6 +80,13 @@ def test_tables_from_python(make, tmp_path):
     read("", make({"user": users}), columns__user="who")
 
 
+def test_pandas_columns_whose_labels_are_numbers():
+  named = {"columns__user": "0", "columns__item": "1", "columns__time": "2"}
+  assert read("", pandas.DataFrame(ROWS), **named)[0] == ROWS
+  with pytest.raises(ValueError, match=r"column '1' of the pandas table holds what is no utf-8 text \(.*surrogates"):
+    read("", pandas.DataFrame([("u", "\ud800", 1)], dtype=object), **named)
+
+
 def test_what_is_no_table_is_refused():
   with pytest.raises(ValueError, match="cannot read the builtins table.*give a pandas, polars or pyarrow table"):
     read("", 7)

@@ -235,6 +235,7 @@ class RankingBatches:
   A batch has inputs_BxL (the newest n items before the target), target_B, seen_BxS (the whole history before the
   target), mask_B (1 for a target, 0 for filling) and, for sampled protocols, candidates_BxC. `targets` are positions in
   the items of the corpus, sorted by the length of the history before them. Of most splits a user has one target.
+  Candidates are drawn once and kept, 400 bytes a target.
   """
 
   corpus: Corpus
@@ -246,6 +247,7 @@ class RankingBatches:
   protocol: str
   seed: int
   parts: Parts = WHOLE
+  _drawn: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
   @functools.cached_property
   def users(self) -> np.ndarray:
@@ -274,8 +276,10 @@ class RankingBatches:
       result = {"inputs": seen[:, -length:], "seen": seen, "mask": real.astype(np.float32),
                 "target": gather_rows(self.corpus.items, ends, ends + real, 1)[:, 0]}
       if self.protocol in SAMPLED:
-        result["candidates"] = np.zeros((len(targets), NUM_CANDIDATES), np.int32)
-        result["candidates"][real] = self._candidates(targets[real])
+        if batch not in self._drawn:
+          self._drawn[batch] = np.zeros((len(targets), NUM_CANDIDATES), np.int32)
+          self._drawn[batch][real] = self._candidates(targets[real])
+        result["candidates"] = self._drawn[batch]
       yield result
 
   def bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int]]]:

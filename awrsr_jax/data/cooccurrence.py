@@ -59,6 +59,7 @@ def count_pairs(corpus: corpora.Corpus) -> scipy.sparse.csr_array:
   split, offsets = corpus.split, corpus.offsets
   parts = corpora.training_parts(corpus.items, offsets, split)
   for (first, last), items_N in zip(corpora.chunks_of_users(offsets), parts, strict=True):
+    of_chunk = scipy.sparse.csr_array(shape)
     users_N = np.repeat(np.arange(first, last), split.train_ends[first:last] - offsets[first:last])
     for distance in range(1, WINDOW + 1):
       newer, older = items_N[distance:], items_N[:-distance]
@@ -66,7 +67,9 @@ def count_pairs(corpus: corpora.Corpus) -> scipy.sparse.csr_array:
       if not np.any(same_user):
         break
       pair = same_user & (newer != older)
-      counts += scipy.sparse.coo_array((np.full(np.sum(pair), 1 / distance), (newer[pair], older[pair])), shape).tocsr()
+      weights = np.full(np.sum(pair), 1 / distance)
+      of_chunk += scipy.sparse.coo_array((weights, (newer[pair], older[pair])), shape).tocsr()
+    counts += of_chunk
   return counts + counts.T
 
 

@@ -152,7 +152,7 @@ def read_frame(database: duckdb.DuckDBPyConnection, table: Any, data: Any) -> Lo
   try:
     names = [str(name) for name in (table.column_names if isinstance(table, pyarrow.Table) else table.columns)]
     chosen = choose_columns(names, data.columns, source)
-    database.register("given", _take_columns(table, list(chosen.values())))
+    database.register("given", _take_columns(table, {name: names.index(name) for name in chosen.values()}))
     columns = ", ".join(f'{_name(name)} AS "{key}"' for key, name in chosen.items())
     database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM given")
     database.unregister("given")
@@ -163,17 +163,21 @@ def read_frame(database: duckdb.DuckDBPyConnection, table: Any, data: Any) -> Lo
   return Log(database, source, {}, lambda row: f"{source}, row {row + 1}", is_file=False)
 
 
-def _take_columns(table: Any, names: list[str]) -> Any:
+def _take_columns(table: Any, places: dict[str, int]) -> Any:
   """Returns some columns of a table; those of pandas that hold any Python objects as text, each as it stands."""
   if not type(table).__module__.startswith("pandas"):
-    return table.select(names)
+    return table.select(list(places))
   columns = {}
-  for name in names:
-    column = table[name]
+  for name, place in places.items():  # by its place: labels of pandas need not be texts
+    column = table.iloc[:, place]
     if column.dtype == object:  # DuckDB would look at a sample, and bend the others to its type
       missing = column.isna()
-      column = pyarrow.array([None if gone else str(value) for gone, value in zip(missing, column, strict=True)],
-                             pyarrow.large_string())
+      try:
+        column = pyarrow.array([None if gone else str(value) for gone, value in zip(missing, column, strict=True)],
+                               pyarrow.large_string())
+      except UnicodeError as error:
+        raise ValueError(f"column {name!r} of the pandas table holds what is no utf-8 text ({error}); mend it, as with "
+                         "table[column].str.encode('utf-8', 'replace').str.decode('utf-8')") from error
     columns[name] = column
   return pyarrow.table(columns)
 
