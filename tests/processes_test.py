@@ -315,3 +315,11 @@ def test_signals_are_noted_and_a_second_ctrl_c_ends_the_process():
     process.wait(0.3)
   process.send_signal(signal.SIGINT)
   assert process.wait(30) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_while_the_process_exits_leaves_its_code(number):
+  code = ("import os, sys\nfrom awrsr_jax.engine import processes\nprocesses.listen()\n"
+          f"class Last:\n  def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, {int(number)})\n"
+          "sys.last = Last()\nsys.exit(75)")
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 75

@@ -4,6 +4,7 @@ A run has one process a host (or a GPU), all in the same program; process 0 alon
 wrong stops all of them; what they decide from their own clock or signals they decide together.
 """
 
+import atexit
 import contextlib
 import functools
 import glob
@@ -169,7 +170,8 @@ def noticing_losses() -> Iterator[None]:
 def listen() -> Callable[[], bool]:
   """Returns a function: whether SIGTERM or SIGINT (Ctrl-C) has come since.
 
-  A second Ctrl-C ends the process at once. A second SIGTERM does not: a machine that goes down sends several.
+  A second Ctrl-C ends the process at once. A second SIGTERM does not: a machine that goes down sends several. While the
+  process exits, where Python takes its own handlers away, both are ignored: its exit code stays what it is.
   """
   came = []
 
@@ -179,4 +181,5 @@ def listen() -> Callable[[], bool]:
 
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, note)
+    atexit.register(signal.signal, number, signal.SIG_IGN)
   return lambda: bool(came)
