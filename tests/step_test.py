@@ -18,7 +18,7 @@ def test_every_loss_takes_a_step_downhill(name, backbone, small_config):
   small_config.loss.name = name
   small_config.model.backbone = backbone
   small_config.loss.pvn_weight = 0.001 if (name, backbone) == ("bpr", "stosa") else 0.0
-  small_config.loss.num_negatives = 8
+  small_config.loss.num_negatives, small_config.data.buckets = 8, 1
   small_config.train.learning_rate = 0.02
   small_config.model.dropout = 0.0
   job = make_job(small_config)
@@ -35,6 +35,7 @@ def test_every_loss_takes_a_step_downhill(name, backbone, small_config):
 
 
 def test_the_window_restarts_after_a_line(small_config):
+  small_config.data.buckets = 1
   job = make_job(small_config)
   state = init_state(job.backbone, job.optimizer, 0, job.mesh)
   popularity = meshes.replicate(job.mesh, np.arange(1, job.corpus.num_items + 1, dtype=np.int32))
@@ -46,6 +47,7 @@ def test_the_window_restarts_after_a_line(small_config):
 
 
 def test_averaging_trains_as_without_and_keeps_the_averages(small_config):
+  small_config.data.buckets = 1
   jobs = [make_job(small_config)]
   small_config.train.average = 0.9
   jobs.append(make_job(small_config))
@@ -66,7 +68,7 @@ def test_averaging_trains_as_without_and_keeps_the_averages(small_config):
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
 def test_pieces_have_every_row_once_interleaved_and_keys_of_their_own(pieces, small_config):
-  mesh = make_job(small_config).mesh
+  mesh = meshes.make_mesh(small_config.mesh)
   inputs = jnp.arange(24).reshape(8, 3), jnp.arange(100, 108).reshape(4, 2)  # two buckets
   batch = {"inputs": inputs, "targets": tuple(x + 1000 for x in inputs)}
   seen = []
@@ -87,15 +89,15 @@ def test_pieces_have_every_row_once_interleaved_and_keys_of_their_own(pieces, sm
 
 
 def test_a_notice_to_stop_comes_back_with_its_step(small_config):
-  small_config.mesh.data = 8
+  small_config.mesh.data, small_config.data.buckets = 2, 1
   job = make_job(small_config)
   popularity = meshes.replicate(job.mesh, np.arange(1, job.corpus.num_items + 1, dtype=np.int32))
   state = init_state(job.backbone, job.optimizer, 0, job.mesh)
   stops = []
   for step, told in enumerate((False, True, False)):
     batch = meshes.to_global(job.mesh, job.batches[step])
-    one_of_many = np.zeros((8, 1), np.int32)
-    one_of_many[5] = told  # the process of one device was told to
+    one_of_many = np.zeros((2, 1), np.int32)
+    one_of_many[1] = told  # the process of one device was told to
     batch["stop"] = jax.device_put(one_of_many, batch["stop"].sharding)
     state, report = job.train_step(state, batch, popularity)
     stops.append(bool(report.stop))

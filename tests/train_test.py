@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
   """A run that learns: 40 epochs on the tiny synthetic corpus."""
   import tiny_config
   config = tiny_config.get_config()
-  config.train.epochs = 40
+  config.train.epochs, config.eval.every_epochs = 40, 4
   config.train.learning_rate = 0.01
   workdir = tmp_path_factory.mktemp("finished")
   return train(config, workdir), workdir
@@ -98,7 +98,7 @@ def test_kept_ranks_tell_no_ids_where_these_are_hashed(small_config, tmp_path):
 
 
 def test_ranks_are_kept_only_where_they_are_wanted(small_config, tmp_path):
-  small_config.eval.keep_ranks = False
+  small_config.eval.keep_ranks, small_config.train.epochs = False, 1
   train(small_config, tmp_path)
   assert not (tmp_path / "ranks.parquet").exists()
   with pytest.raises(ValueError, match="ranks.parquet cannot be read.*config.eval.keep_ranks"):
@@ -108,6 +108,7 @@ def test_ranks_are_kept_only_where_they_are_wanted(small_config, tmp_path):
 def test_a_published_stosa_learns_and_says_what_it_is(small_config, tmp_path):
   small_config.model.update({"backbone": "stosa", "refine": "stochastic", "faithful": True, "norm": "post",
                              "activation": "elu", "ffn_width": 32})
+  small_config.data.buckets = 1
   small_config.loss.update({"name": "bpr", "num_negatives": 4, "pvn_weight": 0.001})
   small_config.train.epochs, small_config.eval.every_epochs, small_config.train.learning_rate = 40, 10, 0.01
   result = train(small_config, tmp_path)
@@ -126,7 +127,7 @@ def test_patience_stops_the_run(small_config, tmp_path):
 
 def test_a_run_that_is_told_to_stop_anywhere_ends_bit_equal(small_config, tmp_path):
   """In both epochs, in both evaluations, and in that of the test split; nothing trained is lost."""
-  small_config.train.average = 0.9
+  small_config.train.average, small_config.data.buckets = 0.9, 1
   expected = train(small_config, tmp_path / "uninterrupted")
   small_config.checkpoint.every_steps = 3
   asked, stopped = [], []
