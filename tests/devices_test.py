@@ -25,6 +25,7 @@ MORE_SHAPES = (8, 1), (1, 8)  # of the full softmax, which alone asks for the si
 # position) with both backbones, or with the one of two tables. Buckets are joined or added up, whatever the backbone.
 CASES = {("softmax", "sasrec"): 2, ("softmax", "stosa"): 1, ("sampled_softmax", "stosa"): 1, ("bce", "sasrec"): 1,
          ("gbce", "sasrec"): 2, ("bpr", "stosa"): 1}
+DROPPED = ("gbce", "sasrec"), ("sampled_softmax", "stosa")  # with dropout: one of each backbone is enough
 # Adam divides by the size of the gradient; with its usual 1e-8 it would blow rounding of a gradient of 0 up to a step.
 OPTIMIZER = optax.adam(0.1, eps=0.1)
 
@@ -35,7 +36,7 @@ def make_config(loss, backbone):
   config.data.max_length, config.model.width, config.model.heads, config.model.layers = 8, 8, 2, 1
   config.model.ffn_width, config.model.awr.rank, config.model.table_multiple = 8, 4, 32
   config.model.refine = "value"
-  config.model.dropout = 0.3 if loss == "gbce" else 0.0  # one is enough, and compiles
+  config.model.dropout = 0.3 if (loss, backbone) in DROPPED else 0.0
   config.loss.name, config.loss.num_negatives, config.train.log_every = loss, 5, 2
   if loss == "sampled_softmax":
     config.loss.negatives = "popularity"

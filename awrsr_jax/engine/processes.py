@@ -79,7 +79,8 @@ def gather(text: str) -> list[str]:
     return [text]
   content = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)  # names of files may not be Unicode
   sizes = multihost_utils.process_allgather(np.int32(content.size)).reshape(-1)
-  padded = np.pad(content, (0, max(int(sizes.max()), 1) - content.size))
+  room = 1 << max(int(sizes.max()) - 1, 255).bit_length()  # few sizes: each is a program to compile
+  padded = np.pad(content, (0, room - content.size))
   return [row[:size].tobytes().decode() for row, size in zip(
       multihost_utils.process_allgather(padded).reshape(len(sizes), -1), sizes, strict=True)]
 
