@@ -1,13 +1,17 @@
 """Attention of a tiny trained model: which history is shown, what the maps hold, and profiles against loops."""
 
 import csv
+import dataclasses
+import functools
 import pathlib
 import shutil
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 import tiny_config
+from flax.traverse_util import flatten_dict, unflatten_dict
 from matplotlib.collections import PolyCollection
 
 from awrsr_jax.analysis import attention, maps, runs
@@ -16,7 +20,7 @@ from awrsr_jax.config import restore
 from awrsr_jax.data import prepared
 from awrsr_jax.engine.train import train
 from awrsr_jax.inference import trained as models
-from awrsr_jax.model.backbones import attention_maps
+from awrsr_jax.model.backbones import attention_maps, build_backbone, param_shapes
 
 TITLES = ["<script>alert(1)</script>", "\"&<>' $5", "A Very Long Title of a Film (1999)", "", "Amélie"]
 LENGTHS = [3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 16, 18, 22]
@@ -34,7 +38,7 @@ def write_log(path: pathlib.Path, users: int = 42) -> None:
         writer.writerow([f"who{user:02d}", f"item{item:02d}", time, TITLES[item % len(TITLES)]])
 
 
-def own_config(path: pathlib.Path, refine: str = "value"):
+def own_config(path: pathlib.Path):
   """Returns a config of two layers with two heads on a log of one's own."""
   config = tiny_config.get_config()
   config.data.name = ""
@@ -42,8 +46,7 @@ def own_config(path: pathlib.Path, refine: str = "value"):
   config.data.columns.title = "title"
   config.data.max_length = 12
   config.model.layers = 2
-  config.model.refine = refine
-  config.train.epochs = 2
+  config.train.epochs = 1
   return config
 
 
@@ -68,6 +71,18 @@ def trained(workdir):
 @pytest.fixture(scope="module")
 def histories(run):
   return attention.read_histories(run)
+
+
+def change(trained: models.Trained, refine: str, sink: float | None = None) -> models.Trained:
+  """Returns the first layer of a trained model with another refinement and sinks, whose tables it keeps."""
+  config = ml_collections.ConfigDict(trained.config)
+  config.model.update({"layers": 1, "refine": refine, "attention": {"sink": sink}})
+  config = ml_collections.FrozenConfigDict(config)
+  backbone = build_backbone(config, trained.record["corpus"]["items"])
+  kept = flatten_dict(trained.params)
+  params = {path: kept[path] if path in kept else np.full(leaf.shape, sink, leaf.dtype)
+            for path, leaf in flatten_dict(param_shapes(backbone)).items()}
+  return dataclasses.replace(trained, config=config, backbone=backbone, params=unflatten_dict(params))
 
 
 @pytest.fixture
@@ -130,12 +145,13 @@ def test_histories_of_a_prepared_folder_are_the_same(run, histories, tmp_path):
 def profile_by_loop(trained, histories, rows, n=12):
   """Returns queries, attention and entropy as in attention.Profile, one history, layer, head and query at a time."""
   layers, heads = trained.config.model.layers, trained.config.model.heads
+  find = jax.jit(functools.partial(attention_maps, trained.backbone))
   queries, mass, entropy = np.zeros(n), {}, {}
   for row in rows:
     length = min(int(histories.lengths[row]), n)
     inputs = histories.newest(np.array([row]), length)
     queries[:length] += 1
-    for layer, found in enumerate(attention_maps(trained.backbone, trained.params, inputs)):
+    for layer, found in enumerate(find(trained.params, inputs)):
       for name, weights in jax.tree.map(np.asarray, found).items():
         by_distance = mass.setdefault(name, np.zeros((layers, heads, n)))
         by_keys = entropy.setdefault(name, np.zeros((layers, heads, n)))
@@ -150,13 +166,19 @@ def profile_by_loop(trained, histories, rows, n=12):
           {name: x / queries for name, x in entropy.items()})
 
 
+@pytest.fixture(scope="module")
+def profiled_by_loop(trained, histories):
+  """Of the 11 users that the seed 3 draws."""
+  return profile_by_loop(trained, histories, np.random.default_rng(3).permutation(42)[:11])
+
+
 @pytest.mark.parametrize("most_users, most_bytes", [(64, 1 << 27), (3, 1 << 27), (64, 1 << 13)])
-def test_profiles_are_those_of_a_loop_whatever_the_batches(most_users, most_bytes, trained, histories, monkeypatch):
+def test_profiles_are_those_of_a_loop_whatever_the_batches(most_users, most_bytes, trained, histories,
+                                                           profiled_by_loop, monkeypatch):
   monkeypatch.setattr(attention, "MOST_USERS", most_users)
   monkeypatch.setattr(attention, "MOST_BYTES", most_bytes)
-  rows = np.random.default_rng(3).permutation(42)[:11]
   profile = attention.measure_profile(trained, histories, 11, seed=3)
-  queries, mass, entropy = profile_by_loop(trained, histories, rows)
+  queries, mass, entropy = profiled_by_loop
   assert profile.users == 11 and profile.queries.tolist() == queries.tolist()
   for name in ("first_order", "refined"):
     np.testing.assert_allclose(profile.attention[name], mass[name], atol=1e-6)
@@ -187,13 +209,10 @@ def test_entropy_of_even_weights_is_the_logarithm_of_their_number():
   np.testing.assert_array_equal(attention.entropy_bits(np.array([[0, 0], [-1, 0], [-1, 2]], np.float32)), [0, 0, 0])
 
 
-def test_a_sink_takes_weight_from_profiles_and_maps_but_no_entropy(histories, workdir, tmp_path, monkeypatch):
-  config = own_config(workdir / "log.csv", "simple")
-  config.model.attention.sink = 2.0
-  train(config, tmp_path / "sink")
-  model = models.load(tmp_path / "sink")
-  rows = np.random.default_rng(3).permutation(42)[:9]
-  profile = attention.measure_profile(model, histories, 9, seed=3)
+def test_a_sink_takes_weight_from_profiles_and_maps_but_no_entropy(trained, histories, monkeypatch):
+  model = change(trained, "simple", sink=2.0)
+  rows = np.random.default_rng(3).permutation(42)[:5]
+  profile = attention.measure_profile(model, histories, 5, seed=3)
   _, mass, entropy = profile_by_loop(model, histories, rows)
   for name in ("first_order", "refined"):
     np.testing.assert_allclose(profile.attention[name], mass[name], atol=1e-6)
@@ -253,10 +272,9 @@ def test_labels_are_short_titles_or_raw_ids(trained, histories):
   assert max(map(len, labels)) <= maps.LETTERS
 
 
-def test_without_refinement_one_map_and_one_line_are_drawn(histories, workdir, tmp_path):
-  train(own_config(workdir / "log.csv", "none"), tmp_path / "none")
-  plain = models.load(tmp_path / "none")
-  [drawing, _] = maps.map_drawings(plain, histories, attention.choose(histories, "who13"))
+def test_without_refinement_one_map_and_one_line_are_drawn(trained, histories):
+  plain = change(trained, "none")
+  [drawing] = maps.map_drawings(plain, histories, attention.choose(histories, "who13"))
   assert drawing.columns == ("query", "key", "head 1, attention", "head 2, attention")
   assert sum(isinstance(collection, PolyCollection) for axes in drawing.figure.axes
              for collection in axes.collections) == 2  # heads
@@ -287,8 +305,9 @@ def test_profiles_are_drawn_by_layer_with_heads_and_their_mean(trained, historie
 
 
 def test_drawings_have_the_same_bytes_each_time(trained, histories):
-  make = lambda: [to_svg(drawing) for drawing in maps.map_drawings(trained, histories, 6) +  # noqa: E731
-                  maps.profile_drawings(attention.measure_profile(trained, histories, 9), True)]
+  model = change(trained, "value")
+  make = lambda: [to_svg(drawing) for drawing in maps.map_drawings(model, histories, 0) +  # noqa: E731
+                  maps.profile_drawings(attention.measure_profile(model, histories, 5), True)]
   assert make() == make()
 
 
