@@ -50,6 +50,7 @@ VARIANTS = {
 }
 CASES = [(variant, order) for variant in VARIANTS for order in (1, 2)
          if (VARIANTS[variant]["refine"], order) != ("none", 2)]
+HIGHEST = list(dict(CASES).items())  # the second order goes through the first
 
 
 def model_of(variant: str, order: int = 1, **changes: Any) -> Any:
@@ -184,7 +185,7 @@ def test_refinement_agrees_with_loops(variant, order, length):
     np.testing.assert_allclose(found[b, h], wanted, atol=1e-5, err_msg=f"sequence {b}, head {h}")
 
 
-@pytest.mark.parametrize("variant, order", CASES)
+@pytest.mark.parametrize("variant, order", HIGHEST)
 def test_rows_sum_to_one_and_are_exactly_zero_outside_the_mask(variant, order):
   scores, mask = draw_scores(1, 3, 5), mask_of(0, 2, 5, length=5)
   weights = np.asarray(refine(variant, order, scores, mask))
@@ -198,17 +199,16 @@ def test_rows_sum_to_one_and_are_exactly_zero_outside_the_mask(variant, order):
     assert weights.min() >= 0
 
 
-@pytest.mark.parametrize("variant, order", CASES)
+@pytest.mark.parametrize("variant, order", HIGHEST)
 def test_more_left_padding_and_what_it_holds_change_no_weight(variant, order):
-  short = refine(variant, order, draw_scores(2, 3, 4), mask_of(0, 1, 4, length=4))
-  for length in (5, N):
-    scores = draw_scores(3, 3, length) * 1e3
-    scores[:, :, -4:, -4:] = draw_scores(2, 3, 4)
-    long = refine(variant, order, scores, mask_of(length - 4, length - 3, length, length=length))
-    np.testing.assert_allclose(long[:, :, -4:, -4:], short, atol=1e-6)
+  short = refine(variant, order, draw_scores(2, 3, 5), mask_of(0, 1, 5, length=5))
+  scores = draw_scores(3, 3, N) * 1e3
+  scores[:, :, -5:, -5:] = draw_scores(2, 3, 5)
+  long = refine(variant, order, scores, mask_of(N - 5, N - 4, N, length=N))
+  np.testing.assert_allclose(long[:, :, -5:, -5:], short, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant, order", CASES)
+@pytest.mark.parametrize("variant, order", HIGHEST)
 def test_a_row_of_weights_reads_no_later_row_no_masked_score_and_no_other_head(variant, order):
   scores, mask = draw_scores(4, 1, 5)[0], mask_of(1, length=5)
   probe = np.random.default_rng(5).normal(size=5).astype(np.float32)
@@ -222,7 +222,7 @@ def test_a_row_of_weights_reads_no_later_row_no_masked_score_and_no_other_head(v
       assert np.all(jacobian[h, 4, h, 3, 1:4] != 0)
 
 
-@pytest.mark.parametrize("variant, order", CASES)
+@pytest.mark.parametrize("variant, order", HIGHEST)
 def test_gradients_are_finite_where_rows_have_no_key(variant, order):
   refinement, params = build(variant, order)
   scores, mask = draw_scores(6, 3, 5), mask_of(0, 3, 5, length=5)
