@@ -21,7 +21,8 @@ parameters and metric lines are those of an uninterrupted run, bit for bit. [sec
 trusted and what is not.
 
 Where memory is not flat in a soak, it is by the saves: `tracemalloc` finds what stays behind in JSON that TensorStore
-makes for Orbax, specs and metrics of each save. It does so alone, too, in all of five releases from 0.1.71 to 0.1.86:
+makes for Orbax, specs and metrics of each save and specs of each restore. It does so alone, too, in all of five
+releases from 0.1.71 to 0.1.86:
 
 ```bash
 python -c "import tensorstore as ts, tracemalloc
