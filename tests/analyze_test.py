@@ -25,8 +25,8 @@ def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp("analyze")
   write_log(folder / "log.csv")
   for refine in ("none", "value"):
-    config = own_config(folder / "log.csv", refine)
-    config.model.layers, config.data.buckets, config.train.log_every = 1, 1, 1
+    config = own_config(folder / "log.csv")
+    config.model.refine, config.model.layers, config.data.buckets, config.train.log_every = refine, 1, 1, 1
     train(config, folder / refine)
   return folder
 
