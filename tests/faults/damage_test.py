@@ -20,8 +20,7 @@ NEWEST, BEFORE = 16, 15
 
 def make_config(**values):
   config = tiny_config.get_config()
-  config.train.epochs, config.checkpoint.every_steps, config.train.learning_rate = 5, 5, 0.01
-  config.data.buckets, config.model.refine = 1, "none"
+  config.train.epochs, config.checkpoint.every_steps, config.train.learning_rate = 6, 5, 0.01
   config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
   return config
 
@@ -159,7 +158,7 @@ REFUSED = {
     "config.json was edited": (
         edit("config.json", train__learning_rate=0.02), "learning_rate: 0.02 there, 0.01 now.*Use the same config, or"),
     "config.json lost a key": (
-        edit("config.json", train__epochs=None), "config.train.epochs: None there, 5 now"),
+        edit("config.json", train__epochs=None), "config.train.epochs: None there, 6 now"),
     "no corpus.json beside checkpoints": (
         lambda workdir: (workdir / "corpus.json").unlink(), "corpus.json cannot be read .*restore it, or start in ano"),
     "corpus.json is cut": (
@@ -181,7 +180,7 @@ def test_it_is_refused_with_the_way_out_and_nothing_is_changed(fault, workdir, r
   damage, message = REFUSED[fault]
   damage(workdir)
   before = content_of(workdir)
-  epochs = 3 if "fewer" in fault else 5
+  epochs = 3 if "fewer" in fault else 6
   with pytest.raises(ValueError, match=message):
     train(make_config(train__epochs=epochs), workdir)
   assert content_of(workdir) == before
