@@ -11,8 +11,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS_PER_EPOCH = 4
 # Validation gets better at every evaluation, so that the best is replaced every time. Where item vectors start from
 # co-occurrence, a run that is killed before its first checkpoint makes them again.
-FLAGS = ("--config.train.epochs=4", "--config.checkpoint.every_steps=5", "--config.train.learning_rate=0.01",
-         "--config.train.item_start=cooccurrence", "--config.data.buckets=1", "--config.model.refine=none")
+FLAGS = ("--config.train.epochs=6", "--config.checkpoint.every_steps=5", "--config.train.learning_rate=0.01",
+         "--config.train.item_start=cooccurrence")
 GOES_ON = "the same command goes on, and ends bit-equal"
 
 
