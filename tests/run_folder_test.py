@@ -33,7 +33,9 @@ def make_config(**values):
 
 
 def open_and_close(workdir, corpus=CORPUS, **values):
-  run_folder.open_run(workdir, make_config(**values), corpus).close()
+  lock, result = run_folder.open_run(workdir, make_config(**values), corpus)
+  lock.close()
+  return result
 
 
 def read(path):
@@ -81,9 +83,8 @@ def test_a_missing_or_damaged_json_file_is_an_error_that_names_it(tmp_path, cont
 
 
 def test_a_new_run_writes_its_config_and_corpus(tmp_path):
-  config = make_config(model__width=32)
-  run_folder.open_run(tmp_path / "deep" / "run", config, CORPUS).close()
-  assert read(tmp_path / "deep" / "run" / "config.json") == config.to_dict()
+  assert open_and_close(tmp_path / "deep" / "run", model__width=32) is None
+  assert read(tmp_path / "deep" / "run" / "config.json") == make_config(model__width=32).to_dict()
   assert read(tmp_path / "deep" / "run" / "corpus.json") == CORPUS
 
 
@@ -173,15 +174,30 @@ def test_a_refused_open_changes_no_file(tmp_path):
   assert read(tmp_path / "config.json")["train"]["epochs"] == 5
 
 
+def test_in_a_complete_run_nothing_is_written(tmp_path):
+  open_and_close(tmp_path, train__epochs=5)
+  result = {"epochs": 5, "test": {}}
+  (tmp_path / "result.json").write_text(json.dumps(result))
+  assert open_and_close(tmp_path, train__epochs=5, data__path="moved.txt") == result
+  assert read(tmp_path / "config.json")["data"]["path"] == ""
+  with pytest.raises(ValueError, match="another config"):
+    open_and_close(tmp_path, train__epochs=5, model__width=32)
+  assert open_and_close(tmp_path, train__epochs=6, data__path="moved.txt") is None
+  assert read(tmp_path / "config.json")["data"]["path"] == "moved.txt"
+  (tmp_path / "corpus.json").unlink()
+  with pytest.raises(ValueError, match="corpus.json cannot be read"):
+    open_and_close(tmp_path, train__epochs=6)
+
+
 # --- one owner
 
 
 def test_a_second_open_is_refused_until_the_first_closes(tmp_path):
-  lock = run_folder.open_run(tmp_path, make_config(), CORPUS)
+  lock, _ = run_folder.open_run(tmp_path, make_config(), CORPUS)
   with pytest.raises(ValueError, match=rf"--workdir={tmp_path} is in use"):
     open_and_close(tmp_path)
   lock.close()
-  with run_folder.open_run(tmp_path, make_config(), CORPUS), pytest.raises(ValueError, match="is in use"):
+  with run_folder.open_run(tmp_path, make_config(), CORPUS)[0], pytest.raises(ValueError, match="is in use"):
     open_and_close(tmp_path)
   open_and_close(tmp_path)
 
@@ -273,16 +289,16 @@ def test_lines_of_a_lost_part_and_damaged_lines_go_and_the_others_stay_as_they_w
   bad = ['{"step": 5, "lo\n', "[1]\n", "7\n", '{"loss": 1}\n', "\n", '{"step": null}\n', "\x00\x00\n"]
   lost = [line(6, split="valid"), line(7, split="train"), line(6, split="late")[:-1]]
   path.write_text("".join([good[0], *bad, good[1], good[2], *lost]))
-  assert metrics.keep_lines(epath.Path(path), 6) == "".join(good)
+  assert metrics.keep_lines(epath.Path(path), 6) == "".join(good).encode()
   assert path.read_text() == "".join(good) and os.listdir(tmp_path) == ["metrics.jsonl"]
   assert len([record for record in caplog.records if "damaged line" in record.message]) == len(bad)
 
 
 def test_no_lines_are_kept_of_nothing(tmp_path):
-  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 6) == ""
+  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 6) == b""
   assert os.listdir(tmp_path) == []
   (tmp_path / "metrics.jsonl").write_text(line(1) + line(2))
-  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 0) == ""
+  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 0) == b""
   assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -346,7 +362,7 @@ def test_a_bucket_gets_whole_files_and_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "is_remote", lambda path: True)
   monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("a bucket cannot rename"))
   for _ in range(2):  # the second time it is compared
-    run_folder.open_run(tmp_path, make_config(), CORPUS).close()
+    open_and_close(tmp_path)
   with pytest.raises(ValueError, match="another config"):
     open_and_close(tmp_path, model__width=32)
   for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):

@@ -166,8 +166,9 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: float = 0) ->
       return lock
 
 
-def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any]) -> TextIO:
-  """Makes a run folder, or checks that an existing one belongs to this config and corpus.
+def open_run(workdir: str | os.PathLike[str], config: Any,
+             corpus: dict[str, Any]) -> tuple[TextIO, dict[str, Any] | None]:
+  """Makes a run folder, or checks that an existing one belongs to this config and corpus; writes both into it.
 
   Args:
     workdir: the folder.
@@ -175,7 +176,7 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
     corpus: what `corpus.describe` says.
 
   Returns:
-    See lock_folder.
+    See lock_folder; and the content of result.json where the run is complete, and nothing is written: else None.
 
   Raises:
     ValueError: the folder cannot be written, is in use, or belongs to another config or corpus.
@@ -185,16 +186,19 @@ def open_run(workdir: str | os.PathLike[str], config: Any, corpus: dict[str, Any
   try:
     values = json.loads(json.dumps(dict(walk(config))))
     with noticing_no_bucket(workdir):
-      saved = (folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir())
+      result = read_result(workdir)
+      saved = result or ((folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir()))
       for name, check, now in (("config.json", check_same_config, values), ("corpus.json", check_same_corpus, corpus)):
         if saved or (folder / name).exists():
           check(workdir, read_json(folder / name), now)
+      if result and result.get("epochs") == config.train.epochs:
+        return lock, result
       write_json(folder / "config.json", nest(values))
       write_json(folder / "corpus.json", corpus)
   except BaseException:
     lock.close()  # who caught the error may still hold it, and with it this frame
     raise
-  return lock
+  return lock, None
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

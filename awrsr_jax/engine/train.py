@@ -127,9 +127,8 @@ def train(config: Any, workdir: str | os.PathLike[str],
   began = time.monotonic()
   with processes.noticing_losses(), compiling.watching() as compiled:
     job = make_job(config, table)
-    with hold_folder(workdir, job):
-      result = processes.from_first(run_folder.read_result(workdir))
-      if result and result.get("epochs") == job.config.train.epochs:
+    with hold_folder(workdir, job) as result:
+      if result is not None:
         LOG.info("%s is complete (%d steps); nothing to do", workdir, result["steps"])
         return result
       with checkpoint.open_checkpoints(workdir) as manager:
@@ -145,22 +144,27 @@ def train(config: Any, workdir: str | os.PathLike[str],
 
 
 @contextlib.contextmanager
-def hold_folder(workdir: str | os.PathLike[str], job: Job) -> Iterator[None]:
+def hold_folder(workdir: str | os.PathLike[str], job: Job) -> Iterator[dict[str, Any] | None]:
   """Opens the run folder: process 0 takes it, the others only see that it is the same one.
+
+  Yields:
+    The content of result.json where the run is complete; else None.
 
   Raises:
     ValueError: see run_folder.open_run; or another process does not see the folder.
     DiskFull: what is done with the open folder needs more than is left.
   """
+  result = None
   with run_folder.noticing_full_disk(workdir), contextlib.ExitStack() as held:
     with processes.together():
       if processes.is_first():
-        held.enter_context(run_folder.open_run(workdir, job.config, data_corpus.describe(job.corpus)))
+        lock, result = run_folder.open_run(workdir, job.config, data_corpus.describe(job.corpus))
+        held.enter_context(lock)
     with processes.together(), run_folder.noticing_no_bucket(workdir):
       if not (epath.Path(workdir) / "corpus.json").exists():
         raise ValueError(f"--workdir={workdir} of process 0 is not seen here; all processes need the same folder, on a "
                          "shared file system or gs://")
-    yield
+    yield processes.from_first(result)
 
 
 def start_or_resume(job: Job, manager: ocp.CheckpointManager) -> tuple[TrainState, dict[str, Any]]:
