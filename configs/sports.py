@@ -5,7 +5,7 @@
 FILE holds one line per user, `user item_1 item_2 ...`, oldest first. It cannot be downloaded: it has no licence.
 The settings are those of configs/beauty.py at half its width, for time's sake; nothing is tuned for it. Result:
 docs/results.md has the table. About an hour on one CPU core. `--config.model.refine=none` is plain SASRec, level with
-this refinement in one seed.
+this refinement in two seeds.
 """
 
 import ml_collections
