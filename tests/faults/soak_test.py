@@ -118,4 +118,5 @@ def test_hours_of_training_stay_flat(leaks, tmp_path, monkeypatch, record):
           + ", ".join(f"{what} {figure}" for what, figure in figures.items())}
   print(row)
   for what, (before, after) in held.items():
-    assert after <= 1.02 * before, (what, figures)
+    # what lies on disk is two checkpoints or three, as each stop finds it: one more would be a third more
+    assert after <= (1.1 if what == "disk" else 1.02) * before, (what, figures)
