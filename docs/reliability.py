@@ -32,7 +32,7 @@ print(tracemalloc.get_traced_memory()[0] // 3000, 'bytes a call stay behind')"
 
 Orbax calls it at each save and has no switch for it. A run that saves every 10 steps, as this one, shows it most. So
 the soak is done as it is and without these calls. What grows besides is a cache of JAX, in which every resumption in
-the same process leaves some 31 calls until it is full, at 2,048; the soak fills it first.
+the same process leaves some 31 calls until it is full, at 2,048; a soak whose row says so fills it first.
 
 | fault | what happens | test | count | green |
 |---|---|---|---|---|"""
