@@ -21,7 +21,7 @@ TESTS = pathlib.Path(__file__).parent
 
 # The compiler of the other tests rounds differently where it fuses differently; this is the one that users have.
 RUNS = """
-import pathlib, sys, jax, numpy
+import pathlib, sys, jax, numpy, pytest
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 import tiny_config
@@ -53,7 +53,12 @@ for name, *feeds in (("host", ("host", None)), ("calls of 3", ("device", 3), ("d
       if "['key']['bias']" not in jax.tree_util.keystr(path):
         numpy.testing.assert_allclose(x, y, rtol=0, atol=1e-6, err_msg=jax.tree_util.keystr(path))
     result["params_sha256"] = found[0][0]["params_sha256"]
-  found.append((result, read_lines(folder / name)))
+    for line, wanted in zip(read_lines(folder / name), found[0][1], strict=True):
+      assert line.pop("split") == wanted["split"]
+      assert line == pytest.approx({key: wanted[key] for key in wanted if key != "split"}, rel=1e-6), name
+    found.append((result, found[0][1]))
+  else:
+    found.append((result, read_lines(folder / name)))
 assert all(one == found[0] for one in found), found
 print("equal", len(found))
 """
