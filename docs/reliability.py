@@ -31,8 +31,9 @@ print(tracemalloc.get_traced_memory()[0] // 3000, 'bytes a call stay behind')"
 ```
 
 Orbax calls it at each save and has no switch for it. A run that saves every 10 steps, as this one, shows it most. So
-the soak is done as it is and without these calls. What grows besides is a cache of JAX, in which every resumption in
-the same process leaves some 31 calls until it is full, at 2,048; a soak whose row says so fills it first.
+the soak is done as it is and without these calls. What grows besides, until it is full, is a cache of JAX, in which
+every resumption in the same process leaves the calls that it traced. The test fills it first since these rows were
+made.
 
 | fault | what happens | test | count | green |
 |---|---|---|---|---|"""

@@ -44,7 +44,7 @@ for name, *feeds in (("host", ("host", None)), ("calls of 3", ("device", 3), ("d
       train(config, folder / name, lambda: turn < len(feeds))
     except processes.Preempted as notice:
       print(notice)
-  result = read_result(folder / name)
+  result, lines = read_result(folder / name), read_lines(folder / name)
   result.pop("oracle", None)  # a prepared corpus has forgotten its law
   if any(steps and steps > 1 for _, steps in feeds):  # a loop is another program, and may round its last bits otherwise
     wanted = jax.tree.leaves(load(folder / "host").params)
@@ -53,12 +53,11 @@ for name, *feeds in (("host", ("host", None)), ("calls of 3", ("device", 3), ("d
       if "['key']['bias']" not in jax.tree_util.keystr(path):
         numpy.testing.assert_allclose(x, y, rtol=0, atol=1e-6, err_msg=jax.tree_util.keystr(path))
     result["params_sha256"] = found[0][0]["params_sha256"]
-    for line, wanted in zip(read_lines(folder / name), found[0][1], strict=True):
-      assert line.pop("split") == wanted["split"]
-      assert line == pytest.approx({key: wanted[key] for key in wanted if key != "split"}, rel=1e-6), name
-    found.append((result, found[0][1]))
-  else:
-    found.append((result, read_lines(folder / name)))
+    for line, like in zip(lines, found[0][1], strict=True):
+      assert line.pop("split") == like["split"]
+      assert line == pytest.approx({key: like[key] for key in like if key != "split"}, rel=1e-6), name
+    lines = found[0][1]
+  found.append((result, lines))
 assert all(one == found[0] for one in found), found
 print("equal", len(found))
 """

@@ -289,16 +289,16 @@ def test_lines_of_a_lost_part_and_damaged_lines_go_and_the_others_stay_as_they_w
   bad = ['{"step": 5, "lo\n', "[1]\n", "7\n", '{"loss": 1}\n', "\n", '{"step": null}\n', "\x00\x00\n"]
   lost = [line(6, split="valid"), line(7, split="train"), line(6, split="late")[:-1]]
   path.write_text("".join([good[0], *bad, good[1], good[2], *lost]))
-  assert metrics.keep_lines(epath.Path(path), 6) == "".join(good).encode()
+  assert metrics.keep_lines(epath.Path(path), 6) == "".join(good)
   assert path.read_text() == "".join(good) and os.listdir(tmp_path) == ["metrics.jsonl"]
   assert len([record for record in caplog.records if "damaged line" in record.message]) == len(bad)
 
 
 def test_no_lines_are_kept_of_nothing(tmp_path):
-  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 6) == b""
+  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 6) == ""
   assert os.listdir(tmp_path) == []
   (tmp_path / "metrics.jsonl").write_text(line(1) + line(2))
-  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 0) == b""
+  assert metrics.keep_lines(epath.Path(tmp_path) / "metrics.jsonl", 0) == ""
   assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import time
-from typing import TextIO
 
 import tqdm
 from etils import epath
@@ -14,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from awrsr_jax.engine.run_folder import is_remote, write_bytes
+from awrsr_jax.engine.run_folder import is_remote, write_text
 from awrsr_jax.foreign import parse_json
 
 LOG = logging.getLogger(__name__)
@@ -26,14 +25,9 @@ class MetricsWriter:
   def __init__(self, workdir: str | os.PathLike[str], start: int, total: int):
     """Opens the files at step `start` of `total`; lines that a lost part of the run wrote go."""
     self._path = epath.Path(workdir) / "metrics.jsonl"
-    kept = keep_lines(self._path, start)
-    if is_remote(workdir):  # an object of a bucket is written whole, so that all lines are held
-      self._file: TextIO = io.StringIO()
-      self._file.write(kept.decode())
-      self._events = None
-    else:
-      self._file = self._path.open("a")
-      self._events = open_events(self._path.with_name("tensorboard"), start)
+    self._kept = keep_lines(self._path, start)
+    self._file = io.StringIO() if is_remote(workdir) else self._path.open("a")
+    self._events = None if is_remote(workdir) else open_events(self._path.with_name("tensorboard"), start)
     self._bar = tqdm.tqdm(initial=start, total=total, unit="step") if sys.stderr.isatty() else None
     self._shown: dict[str, str] = {}
     self._start, self._total, self._begin = start, total, time.monotonic()
@@ -63,7 +57,7 @@ class MetricsWriter:
   def sync(self) -> None:
     """Makes sure that all lines are stored, before a checkpoint makes them final."""
     if isinstance(self._file, io.StringIO):
-      self._path.write_text(self._file.getvalue())
+      self._path.write_text(self._kept + self._file.getvalue())
       return
     self._file.flush()
     os.fsync(self._file.fileno())
@@ -101,7 +95,7 @@ class NoWriter:
   def close(self) -> None: ...
 
 
-def keep_lines(path: epath.Path, last_step: int) -> bytes:
+def keep_lines(path: epath.Path, last_step: int) -> str:
   """Drops the lines of metrics.jsonl that a run which goes on after a step writes again, and a half-written one.
 
   Those are the lines of later steps, and the evaluation of that step. In one atomic replacement.
@@ -110,15 +104,15 @@ def keep_lines(path: epath.Path, last_step: int) -> bytes:
     The lines kept.
   """
   if not path.exists():
-    return b""
-  kept = bytearray()
-  with path.open("rb") as file:
-    for line in file:
-      try:
-        content = parse_json(line, "it")
-        if line.endswith(b"\n") and (content["step"], content["split"] != "train") <= (last_step, False):
-          kept += line
-      except (ValueError, TypeError):
-        LOG.warning("%s: dropped a damaged line: %r", path, line[:80])
-  write_bytes(path, bytes(kept))
-  return bytes(kept)
+    return ""
+  kept = []
+  for line in path.read_bytes().splitlines(keepends=True):
+    try:
+      content = parse_json(line, "it")
+      if line.endswith(b"\n") and (content["step"], content["split"] != "train") <= (last_step, False):
+        kept.append(line.decode())
+    except (ValueError, TypeError):
+      LOG.warning("%s: dropped a damaged line: %r", path, line[:80])
+  text = "".join(kept)
+  write_text(path, text)
+  return text
