@@ -129,6 +129,11 @@ def test_two_processes_agree_with_one(by_one, by_two):
   assert json.loads((by_two / "result.json").read_text())["device"].startswith("2 x")
 
 
+def test_a_complete_run_is_complete_to_all_processes(start, by_two):
+  run = start(by_two, 2)
+  assert run.wait(60) == [0, 0] and "is complete" in run.output(), run.output()
+
+
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed.txt").exists(), reason="the script would install an environment")
 def test_the_script_for_this_machine_starts_them_all(tmp_path):
   command = ["bash", "launch/local_processes.sh", "2", "--config=tests/tiny_config.py", f"--workdir={tmp_path}/run",
