@@ -29,7 +29,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   for flag in argv[1:]:
     name, _, value = flag.lstrip("-").partition("=")
     key = name.partition(".")[2]
-    if name.startswith("config.") and key not in known:
+    if flag.startswith("-") and name.startswith("config.") and key not in known:
       sys.exit(f"ValueError: --{name}: the config has no such key; {suggest(key, known)}")
     if name == "config" and value and not pathlib.Path(value.partition(":")[0]).exists():
       sys.exit(f"ValueError: --config={value}: no such file, seen from {pathlib.Path.cwd()}")

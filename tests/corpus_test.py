@@ -5,6 +5,7 @@ import json
 import os
 
 import numpy as np
+import pandas
 import pytest
 
 from awrsr_jax.config import default
@@ -295,3 +296,14 @@ def test_the_format_alone_asks_for_synthetic_data_but_not_with_a_path(tmp_path):
     corpus.load(synthetic_data(), table={})
   with pytest.raises(ValueError, match="leave out --config.data.path"):
     load_text(tmp_path, "1 1 2 3\n", format="synthetic")
+
+
+def test_dates_of_a_split_by_time_may_lie_before_1973():
+  table = pandas.DataFrame({"user": [1] * 4 + [2] * 4, "item": list("abcd") * 2,
+                            "time": ["1969-12-30", "1970-06-01", "1972-01-01", "1972-05-05"] * 2})
+  data = default().data
+  data.k_core = 0
+  data.split.update(name="time", valid_from="1971-01-01", test_from="1972-02-01")
+  found = corpus.load(data, table)
+  assert "validation from 1971-01-01 00:00, test from 1972-02-01 00:00" in found.split.words
+  assert {name: places.tolist() for name, places in found.split.targets.items()} == {"valid": [2, 6], "test": [3, 7]}

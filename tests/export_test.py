@@ -402,3 +402,15 @@ def test_an_artefact_that_does_not_run_is_not_left(run, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="does not run: RuntimeError: no such thing"):
     export(run, tmp_path / "out", k=5)
   assert not list(tmp_path.iterdir())
+
+
+def test_titles_that_hold_ends_of_lines_pass_the_check(tmp_path):
+  model = make_trained({})
+  model.catalogue.titles[:] = ["one\u2028two\u2029three\x85four"] * 40
+  artefact.write_folder(tmp_path, model, 5, artefact.export_program(model, 5, ("cpu",)))
+  assert artefact.measure_parity(model, tmp_path, 5, "cpu")["difference"] <= TOLERANCE
+
+
+def test_the_command_of_the_artefact_reads_past_a_byte_order_mark(tmp_path):
+  (tmp_path / "h.jsonl").write_bytes('\ufeff["ü1"]\r\n'.encode())
+  assert standalone.read_histories(str(tmp_path / "h.jsonl")) == [["ü1"]]

@@ -207,8 +207,17 @@ def test_what_a_rule_takes_is_told(caplog):
   assert "max_history=1 of clicks: 1 of 1 users, 1 of 2 items, 1 of 2 interactions kept" in caplog.text
 
 
-@pytest.mark.parametrize("number, words", [
-    (5, "5"), (2.5, "2.5"), (1700000000, "2023-11-14 22:13"), (1700000000000, "2023-11-14 22:13"),
-    (1700000000000000, "2023-11-14 22:13"), (-7, "-7")])
-def test_times_are_shown_as_dates_where_they_are_some(number, words):
-  assert log.describe_time(number) == words
+@pytest.mark.parametrize("number, unit, words", [
+    (5, 0, "5"), (2.5, 0, "2.5"), (1700000000, 1, "2023-11-14 22:13"), (1700000000000, 2, "2023-11-14 22:13"),
+    (1700000000000000, 3, "2023-11-14 22:13"), (-7, 0, "-7"), (63072000000000, 3, "1972-01-01 00:00"),
+    (-86400000, 2, "1969-12-31 00:00"), (10**18, 1, "1000000000000000000")])
+def test_times_are_shown_as_dates_where_they_are_some(number, unit, words):
+  assert log.describe_time(number, unit) == words
+
+
+@pytest.mark.parametrize("times, unit", [
+    (["1969-12-31", "1970-06-01", "1972-05-05"], 3), (["1971-01-01", "2012-05-05", "2013-05-05"], 3),
+    ([9 * 10**10, 12 * 10**10, 13 * 10**10], 2), ([10**8 - 1, 10**8, 10**8 + 1], 1), ([1, 2, 3], 0)])
+def test_the_unit_of_times_is_that_of_the_whole_log(times, unit):
+  database, _ = clean(pandas.DataFrame({"user": 1, "item": ["a", "b", "c"], "time": times}))
+  assert log.find_unit(database) == unit

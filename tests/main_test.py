@@ -94,6 +94,12 @@ def test_a_misspelt_flag_is_one_line(flags, message, monkeypatch):
     command.parse_flags([sys.argv[0], *flags])
 
 
+def test_what_is_no_flag_may_begin_like_a_config_key(monkeypatch):
+  monkeypatch.setattr(command.app, "parse_flags_with_usage", lambda argv: argv)
+  argv = ["describe", "config.parquet", "--config.model.width=8"]
+  assert command.parse_flags(argv) == argv
+
+
 def test_a_command_line_without_a_config_file_is_told_to_name_one():
   done = subprocess.run([sys.executable, "-m", "awrsr_jax.main", "--workdir=runs/none"], cwd=ROOT, capture_output=True,
                         text=True, timeout=300)

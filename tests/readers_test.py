@@ -362,3 +362,9 @@ def test_tfds_sets_that_are_not_there_are_refused(monkeypatch, tmp_path):
 def test_ids_are_located_by_line():
   with pytest.raises(ValueError, match="f:9: item id -1 is below 1"):
     text.check_ids(np.array([3, -1]), "item", [4, 9], "f")
+
+
+def test_one_long_text_of_tfds_does_not_fill_the_memory():
+  column = [b"x" * 100_000, b"a\0", "ü".encode(), *[b"a"] * 1000]
+  found = from_tfds._to_array(column, "title", "it")
+  assert found.nbytes < 1 << 20 and found[1:4].tolist() == ["a\0", "ü", "a"]

@@ -36,6 +36,12 @@ def cases_of(made, part):
   return cases
 
 
+def test_a_share_of_all_rows_is_not_one_less_for_rounding():
+  table = pandas.DataFrame({"user": [1] * 100, "item": range(100), "time": range(1, 101)})
+  made = load(table, name="time", valid_from="29%", test_from="57%", target="first")  # 100 * .29 is below 29
+  assert cases_of(made, "valid") == [(1, list(range(29)), 29)] and cases_of(made, "test") == [(1, list(range(57)), 57)]
+
+
 @pytest.mark.parametrize("target", ["last", "first", "all"])
 @pytest.mark.parametrize("valid_from, test_from, low, high", [("60", "80", 60, 80), ("50%", "90%", None, None)])
 def test_a_split_by_time_equals_a_loop(target, valid_from, test_from, low, high):

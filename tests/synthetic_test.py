@@ -83,6 +83,12 @@ def test_the_seed_decides_everything():
   assert (synthetic.oracle_scores(law(seed=1))(history) != synthetic.oracle_scores(law(seed=2))(history))[0, 1:].all()
 
 
+def test_no_item_comes_twice_however_cold_the_law_is():
+  drawn = synthetic.generate(law(temperature=0.001))
+  assert drawn.items.min() >= 1
+  assert all(len(set(row)) == len(row) for row in histories_of(drawn))
+
+
 def test_more_than_one_earlier_item_matters_and_temperature_flattens():
   score = synthetic.oracle_scores(law())
   assert (score(np.array([[1, 3]])) != score(np.array([[2, 3]])))[0, 1:].all()

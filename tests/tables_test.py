@@ -342,3 +342,74 @@ def test_published_files_agree_with_pandas(name, frame, counts):
   histories = kept.groupby("user", sort=True)["item"].agg(list)
   assert made.user_ids.tolist() == histories.index.tolist()
   assert np.concatenate(histories.tolist()).tolist() == made.item_ids[made.items].tolist()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl", "pyarrow", "pandas", "polars"])
+@pytest.mark.parametrize("wanted", ["item", "Item"])
+def test_names_that_differ_in_case_are_two_columns(tmp_path, name, wanted):
+  rows = [{"Item": f"I{item}", "Time": -time, "user": user, "item": item, "time": time} for user, item, time in ROWS]
+  table = pyarrow.Table.from_pylist(rows)
+  path = tmp_path / name
+  if name == "a.parquet":
+    pyarrow.parquet.write_table(table, path)
+  elif name == "a.csv":
+    table.to_pandas().to_csv(path, index=False)
+  else:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  table = {"pyarrow": table, "pandas": table.to_pandas(), "polars": polars.from_arrow(table)}.get(name)
+  found, _ = read("" if table is not None else path, table, columns__item=wanted)
+  assert found == [(user, {"item": item, "Item": f"I{item}"}[wanted], time) for user, item, time in ROWS]
+
+
+def test_a_user_and_an_item_whose_columns_differ_in_case(tmp_path):
+  table = pyarrow.table({"ID": ["u", "u"], "id": ["a", "b"], "time": [1, 2]})
+  pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+  for given in ({"path": tmp_path / "a.parquet"}, {"path": "", "table": table}):
+    assert read(**given, columns__user="ID", columns__item="id")[0] == [("u", "a", 1), ("u", "b", 2)]
+
+
+def test_json_of_a_user_and_an_item_whose_columns_differ_in_case_is_refused(tmp_path):
+  path = write(tmp_path, "a.jsonl", '{"ID": "u", "id": "a", "time": 1}\n')
+  with pytest.raises(ValueError, match=r"columns \['ID', 'id', 'time'\] two differ in case alone"):
+    read(path, columns__user="ID", columns__item="id")
+
+
+@pytest.mark.parametrize("most, last", [("\r\n", "\n"), ("\n", "\r\n")])
+def test_a_file_of_two_line_ends_is_named_with_the_way_out(tmp_path, most, last):
+  lines = lines_of(("user", "item", "time"), ROWS).splitlines()
+  (tmp_path / "a.csv").write_text(most.join(lines) + last, newline="")
+  with pytest.raises(ValueError, match=r"lines of .*a.csv end in \\n and some in \\r\\n: .* sed -i 's/\\r\$//' FILE"):
+    read(tmp_path / "a.csv")
+
+
+def test_a_pattern_leaves_folders_out(tmp_path):
+  write(tmp_path, "a.csv", lines_of(("user", "item", "time"), ROWS))
+  (tmp_path / "archive").mkdir()
+  assert read(f"{tmp_path}/*")[0] == ROWS
+  with pytest.raises(ValueError, match="holds no table"):
+    read(f"{tmp_path}/arch*")
+
+
+def test_text_that_is_stored_as_bytes_is_text(tmp_path):
+  items = ["O'B", "caf\u00e9", "a\\b", "7", "x"]
+  columns = {"user": pyarrow.array(["u"] * 5, pyarrow.binary()), "item": pyarrow.array(items, pyarrow.binary()),
+             "time": pyarrow.array(range(5))}
+  pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+  wanted = [("u", item, time) for time, item in enumerate(items)]
+  assert read(tmp_path / "a.parquet")[0] == wanted
+  assert read("", pyarrow.table(columns))[0] == wanted
+  assert read("", pyarrow.table(columns).to_pandas())[0] == wanted
+  broken = pyarrow.table(columns | {"item": pyarrow.array([b"\xff"] * 5)})
+  with pytest.raises(ValueError, match="plainer form"):
+    read("", broken)
+
+
+def test_lists_are_no_ids(tmp_path):
+  table = pyarrow.table({"user": ["u"] * 3, "item": [["a", "b"], ["b"], ["c"]], "time": [1, 2, 3]})
+  pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+  for given in ({"path": tmp_path / "a.parquet"}, *({"path": "", "table": one} for one in (table, table.to_pandas()))):
+    with pytest.raises(ValueError, match="an interaction a row"):
+      read(**given)
+  path = write(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+  with pytest.raises(ValueError, match=r"a.jsonl:1: .*item=none"):
+    read(path)

@@ -154,7 +154,7 @@ def test_strict_refuses_what_would_be_skipped(trained, histories, message):
     trained.recommend([["i1"]], deny=["nothing"], strict=True)
 
 
-@pytest.mark.parametrize("histories", ["i1", ["i1", "i2"], [1], 5, [None]])
+@pytest.mark.parametrize("histories", ["i1", ["i1", "i2"], [1], 5, [None], [{"i1", "i2"}], [{"i1": 1}]])
 def test_one_history_in_place_of_a_list_of_them_is_refused(trained, histories):
   with pytest.raises(ValueError, match="list"):
     trained.recommend(histories)

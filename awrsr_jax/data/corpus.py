@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
@@ -200,11 +201,11 @@ def _make_split(database: duckdb.DuckDBPyConnection, offsets: np.ndarray, user_i
       return splits.by_users(offsets, user_ids, wanted.valid_share, wanted.test_share, wanted.seed)
   valid_from = _find_moment(database, wanted.valid_from, "valid_from")
   test_from = _find_moment(database, wanted.test_from, "test_from")
+  tell = functools.partial(logs.describe_time, unit=logs.find_unit(database))
   if valid_from >= test_from:
-    raise ValueError(f"config.data.split.valid_from={wanted.valid_from} ({logs.describe_time(valid_from)}) is not "
-                     f"before test_from={wanted.test_from} ({logs.describe_time(test_from)})")
-  words = (f"split by time (validation from {logs.describe_time(valid_from)}, test from "
-           f"{logs.describe_time(test_from)})")
+    raise ValueError(f"config.data.split.valid_from={wanted.valid_from} ({tell(valid_from)}) is not "
+                     f"before test_from={wanted.test_from} ({tell(test_from)})")
+  words = f"split by time (validation from {tell(valid_from)}, test from {tell(test_from)})"
   return splits.by_time(offsets, rules.count_before(database, valid_from), rules.count_before(database, test_from),
                         wanted.target, words)
 
@@ -219,7 +220,7 @@ def _find_moment(database: duckdb.DuckDBPyConnection, text: str, key: str) -> fl
     return rules.find_share(database, value)
   if kind == "time":
     return value
-  unit = sum(newest >= bound for bound in logs.UNITS.values())
+  unit = logs.find_unit(database)
   if not unit:
     raise ValueError(f"config.data.split.{key}={text} is a date, but the log's times ({oldest} to {newest}) are none; "
                      "give a number in their unit, or a share as 90%")

@@ -225,10 +225,10 @@ def _read_columns(builder: Any, split: str, fields: list[str]) -> dict[str, list
 
 
 def _to_array(column: list[Any], field: str, name: str) -> np.ndarray:
-  """Returns a column as (N,) int64, float64 or str."""
+  """Returns a column as (N,) int64, float64 or text of any length."""
   if column and isinstance(column[0], bytes):
     try:
-      return np.array([value.decode() for value in column])
+      return np.array([value.decode() for value in column], np.dtypes.StringDType())  # str: all as long as the longest
     except UnicodeDecodeError as error:
       raise ValueError(f"{name}: field {field!r} is not text: {error}") from error
   return np.array(column)

@@ -96,7 +96,7 @@ def open_database(folder: str | os.PathLike[str] | None = None, memory: int | No
 def put(database: duckdb.DuckDBPyConnection, found: Interactions) -> Log:
   """Puts what is in memory into a database."""
   columns = {"user": found.users, "item": found.items, "time": found.times, "rating": found.ratings}
-  table = pyarrow.table({name: pyarrow.array(column.tolist() if column.dtype.kind == "U" else column)
+  table = pyarrow.table({name: pyarrow.array(column.tolist() if column.dtype.kind in "UT" else column)
                          for name, column in columns.items() if column is not None})
   database.register("given", table)
   database.execute("CREATE TABLE raw AS SELECT * FROM given")
@@ -146,7 +146,11 @@ def clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int]
 
 def _clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int]:
   """As `clean`; what DuckDB makes nothing of is its own error."""
-  database, types = log.database, log.columns()
+  database = log.database
+  for name, kind in log.columns().items():
+    if kind == "BLOB":  # text of parquet that is not said to be text; a cast would write it in escapes
+      database.execute(f'ALTER TABLE raw ALTER "{name}" TYPE VARCHAR USING decode("{name}")')
+  types = log.columns()
   if min_rating is not None and "rating" not in types:
     raise ValueError(f"config.data.min_rating={min_rating}: {log.source} has no ratings; leave min_rating out, or name "
                      "their column with --config.data.columns.rating=NAME")
@@ -182,7 +186,9 @@ def _clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int
       f"(SELECT {values['user']} AS user, {values['item']} AS item, {values['time']} AS time, rowid AS row FROM raw "
       f"WHERE {kept}) AS found JOIN users ON found.user = users.raw JOIN items ON found.item = items.raw")
   if "time" in types:
-    _check_times(log, is_date="epoch_us" in values["time"])
+    is_date = "epoch_us" in values["time"]
+    database.execute(f"SET VARIABLE is_date = {is_date}")  # see `find_unit`
+    _check_times(log, is_date)
   if "title" in types:
     rows_of_titles = database.execute(
         f"SELECT ({values['item']})::VARCHAR, min(title::VARCHAR) FROM raw WHERE {kept} AND title IS NOT NULL "
@@ -206,6 +212,9 @@ def _id_value(log: Log, name: str, kind: str) -> str:
       raise ValueError(f"{log.locate(broken)}: the {name} ids are real numbers ({kind}), and not all are whole and "
                        f"below {exact}; store them as whole numbers or as text")
     return f'TRY_CAST("{name}" AS BIGINT)'
+  if kind.endswith("]") or kind.startswith(("STRUCT(", "MAP(", "UNION(")):
+    raise ValueError(f"{log.source}: the {name} ids are of type {kind}; give an interaction a row, with ids that are "
+                     "text or whole numbers")
   return f"CASE WHEN trim(\"{name}\"::VARCHAR, {SPACES}) != '' THEN \"{name}\"::VARCHAR END"
 
 
@@ -288,8 +297,7 @@ def _check_times(log: Log, is_date: bool) -> None:
       raise ValueError(f"{log.locate(rare[4])}: {rare[1]} of {total} times lie between {rare[2]} and {rare[3]}, far "
                        f"from the others ({before[2]} to {before[3]}, then {after[2]} to {after[3]}): mixed time "
                        "units, or a stand-in for a missing time; bring all to one unit, or take those rows out")
-  unit, _, _, newest, _ = groups[-1]
-  unit = list(UNITS).index("microseconds") + 1 if is_date else unit
+  newest, unit = groups[-1][3], find_unit(log.database)
   if unit:
     scale = 1e3 ** (unit - 1)
     now = datetime.datetime.now(datetime.UTC).timestamp()
@@ -300,13 +308,18 @@ def _check_times(log: Log, is_date: bool) -> None:
                        "correct or remove such rows")
 
 
-def describe_time(time: float) -> str:
-  """Returns a time as a date in UTC where it looks like one, else as the number that it is."""
-  unit = sum(time >= bound for bound in UNITS.values())
+def find_unit(database: duckdb.DuckDBPyConnection) -> int:
+  """Returns the unit of the times in `coded`, as its place in `UNITS`, from 1; 0: they are no moments of our time."""
+  [(is_date, newest)] = database.execute("SELECT getvariable('is_date'), max(time) FROM coded").fetchall()
+  return list(UNITS).index("microseconds") + 1 if is_date else sum(newest >= bound for bound in UNITS.values())
+
+
+def describe_time(time: float, unit: int) -> str:
+  """Returns a time as a date in UTC, of a unit as `find_unit` has it; else as the number that it is."""
   seconds = time / 1e3 ** (unit - 1)
-  if not unit or seconds > 2.5e11:  # beyond the year 9999
+  if not unit or not -6.2e10 < seconds < 2.5e11:  # of the years 5 to 9999
     return f"{time:g}" if math.isfinite(time) and time != int(time) else f"{int(time)}"
-  return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M}"
+  return f"{datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=seconds):%Y-%m-%d %H:%M}"
 
 
 def fetch_ids(database: duckdb.DuckDBPyConnection, table: str, codes: np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ def find_share(database: duckdb.DuckDBPyConnection, share: float) -> float:
   """Returns the time of the first row after a share of all rows, by time."""
   total, = database.execute("SELECT count(*) FROM coded").fetchone()
   return database.execute("SELECT time FROM coded ORDER BY time LIMIT 1 OFFSET $rows",
-                          {"rows": min(int(total * share), total - 1)}).fetchone()[0]
+                          {"rows": min(int(round(total * share, 6)), total - 1)}).fetchone()[0]
 
 
 def order_items(database: duckdb.DuckDBPyConnection) -> Iterator[np.ndarray]:

@@ -64,7 +64,9 @@ def measure(database: duckdb.DuckDBPyConnection, corpus: Corpus | None, data: An
   _, counts_I = rules.codes(database, "item")
   times = ties = later = None
   if oldest != newest:
-    times = {"oldest": oldest, "newest": newest, "from": logs.describe_time(oldest), "to": logs.describe_time(newest)}
+    unit = logs.find_unit(database)
+    times = {"oldest": oldest, "newest": newest, "from": logs.describe_time(oldest, unit),
+             "to": logs.describe_time(newest, unit)}
     ties = {"neighbours": tied, "share": tied / max(total - lengths_U.size, 1)}
     if data.split.name != "users":  # by time, nothing is later
       later = 0.0 if data.split.name == "time" else _share_later(database, users)

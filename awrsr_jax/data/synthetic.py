@@ -92,7 +92,8 @@ def _draw(synthetic: ml_collections.ConfigDict, lengths_B: np.ndarray, rng: np.r
   left_BxI = np.ones((len(lengths_B), synthetic.num_items + 1))
   for step in range(lengths_B.max()):  # all are drawn to the longest length; the rest is cut
     scores_BxI = score(histories_BxL[:, max(step - synthetic.order, 0):step])
-    chances_BxI = np.exp(scores_BxI - scores_BxI.max(axis=1, keepdims=True)) * left_BxI
+    scores_BxI = np.where(left_BxI > 0, scores_BxI, -np.inf)  # the best is one that is left: else all may be 0
+    chances_BxI = np.exp(scores_BxI - scores_BxI.max(axis=1, keepdims=True))
     sums_BxI = np.cumsum(chances_BxI, axis=1)
     threshold_B = (1 - rng.random(len(lengths_B))) * sums_BxI[:, -1]  # in (0, total]: never an item of chance 0
     histories_BxL[:, step] = np.argmax(sums_BxI >= threshold_B[:, None], axis=1)

@@ -15,6 +15,7 @@ import re
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -53,6 +54,7 @@ LATER = {  # looked for where none of those fits, not even with what the config 
 AMAZON_USER, AMAZON_ITEM = re.compile("A[0-9A-Z]{9,20}"), re.compile("B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 SAMPLE = 1000  # lines looked at to tell what a file is
 DELIMITERS = ",\t;|"
+NESTED = {dict, list, set, tuple, np.ndarray}
 HEADER = "--config.data.header=user,item,rating,time, in the order of its columns"
 
 
@@ -81,7 +83,7 @@ def list_files(path: str) -> list[str]:
     files = [os.path.join(path, name) for name in os.listdir(path) if kind_of(name)]
     files = [file for file in files if os.path.isfile(file)]  # Spark calls folders of parts x.csv
   else:
-    files = [path] if os.path.exists(path) else glob.glob(path)
+    files = [path] if os.path.exists(path) else [file for file in glob.glob(path) if os.path.isfile(file)]
   if not files:
     raise ValueError(f"{path} holds no table (a file that ends in {', '.join(KINDS)}, or that with .gz); set "
                      "--config.data.path to a file, a folder or a pattern")
@@ -124,16 +126,24 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
     if has_header and any(map(_is_number, chosen.values())):
       raise ValueError(f"{files[0]}: its first line, {names}, holds numbers where names of columns would stand, and "
                        f"would not be read; for a file without a header set {HEADER}")
-    columns = ", ".join(f'{_name(name)} AS "{key}"' for key, name in chosen.items())
+    columns = _columns(names, chosen)
     if kind == "json":
+      if len({name.lower() for name in chosen.values()}) < len(set(chosen.values())):
+        raise ValueError(f"{path}: of the columns {list(chosen.values())} two differ in case alone, which cannot be "
+                         "read from JSON; rename one")
       scan = scan.replace("$columns", ", ".join(f"{_text(name)}: 'JSON'" for name in chosen.values()))
-      columns = ", ".join(f'{_json_value(_name(name))} AS "{key}"' for key, name in chosen.items())
+      columns = ", ".join(f'{_json_value(_name(name), key in KEYS[:2])} AS "{key}"' for key, name in chosen.items())
+    else:
+      scan += _by_place(len(names))
     as_they_stand = [glob.escape(file) for file in files]  # to DuckDB a name is a pattern
     database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM {scan}", {"files": as_they_stand})
   except duckdb.Error as error:
     if is_about_space(error):
       raise  # nothing is wrong with the files
-    raise ValueError(f"cannot read {path}: {first_line(error)}; is the file whole, and utf-8 text?") from error
+    mixed = next((file for file in files if kind == "csv" and mixes_line_ends(file)), None)
+    way_out = "is the file whole, and utf-8 text?" if mixed is None else (
+        f"some lines of {mixed} end in \\n and some in \\r\\n: bring them to one form, as with sed -i 's/\\r$//' FILE")
+    raise ValueError(f"cannot read {path}: {first_line(error)}; {way_out}") from error
   has_quotes = kind == "csv" and not form
   if kind == "csv":
     rejected = _settle_rejects(database, files, data.on_bad_row)
@@ -152,9 +162,9 @@ def read_frame(database: duckdb.DuckDBPyConnection, table: Any, data: Any) -> Lo
   try:
     names = [str(name) for name in (table.column_names if isinstance(table, pyarrow.Table) else table.columns)]
     chosen = choose_columns(names, data.columns, source)
-    database.register("given", _take_columns(table, {name: names.index(name) for name in chosen.values()}))
-    columns = ", ".join(f'{_name(name)} AS "{key}"' for key, name in chosen.items())
-    database.execute(f"CREATE TABLE raw AS SELECT {columns} FROM given")
+    places = {name: names.index(name) for name in chosen.values()}
+    database.register("given", _take_columns(table, places))
+    database.execute(f"CREATE TABLE raw AS SELECT {_columns(list(places), chosen)} FROM given{_by_place(len(places))}")
     database.unregister("given")
   except (duckdb.Error, pyarrow.ArrowException, AttributeError, TypeError) as error:
     if isinstance(error, duckdb.Error) and is_about_space(error):
@@ -171,10 +181,13 @@ def _take_columns(table: Any, places: dict[str, int]) -> Any:
   for name, place in places.items():  # by its place: labels of pandas need not be texts
     column = table.iloc[:, place]
     if column.dtype == object:  # DuckDB would look at a sample, and bend the others to its type
+      if nested := NESTED & set(map(type, column)):
+        raise ValueError(f"column {name!r} of the pandas table holds values of type {nested.pop().__name__}; give an "
+                         "interaction a row, of texts and numbers")
       missing = column.isna()
       try:
-        column = pyarrow.array([None if gone else str(value) for gone, value in zip(missing, column, strict=True)],
-                               pyarrow.large_string())
+        column = pyarrow.array([None if gone else value.decode() if isinstance(value, bytes) else str(value)
+                                for gone, value in zip(missing, column, strict=True)], pyarrow.large_string())
       except UnicodeError as error:
         raise ValueError(f"column {name!r} of the pandas table holds what is no utf-8 text ({error}); mend it, as with "
                          "table[column].str.encode('utf-8', 'replace').str.decode('utf-8')") from error
@@ -234,7 +247,7 @@ def _scan_csv(files: list[str], data: Any,
     heads = {file: _csv_head(file, data) for file in files}
     _check_same(heads)
     delimiter, names, skipped = heads[files[0]]
-  columns = ", ".join(f"{_text(name)}: 'VARCHAR'" for name in names)
+  columns = ", ".join(f"column{place}: 'VARCHAR'" for place in range(len(names)))
   quote = "''" if form else "'\"'"
   quoting = not form and any(holds(file, b'"') for file in files)
   return (f"read_csv($files, auto_detect=false, header=false, skip={skipped}, delim={_text(delimiter)}, quote={quote}, "
@@ -278,9 +291,11 @@ def _amazon_names(rows: list[list[str]]) -> tuple[str, ...] | None:
   return None
 
 
-def _json_value(name: str) -> str:
-  """Returns SQL for the text of a JSON value; NaN and its like, which JSON does not have, are none."""
-  return (f"CASE WHEN json_type({name}) = 'VARCHAR' THEN {name} ->> '$' WHEN json_type({name}) != 'NULL' AND "
+def _json_value(name: str, is_id: bool) -> str:
+  """Returns SQL for the text of a JSON value; NaN and its like are none, and lists and objects are no ids."""
+  none = ("'NULL'", "'ARRAY'", "'OBJECT'") if is_id else ("'NULL'",)
+  return (f"CASE WHEN json_type({name}) = 'VARCHAR' THEN {name} ->> '$' WHEN json_type({name}) NOT IN "
+          f"({', '.join(none)}) AND "
           f"{name}::VARCHAR NOT IN ('NaN', 'Infinity', '-Infinity') THEN {name}::VARCHAR END")
 
 
@@ -369,6 +384,16 @@ def _locate(files: list[str], kind: str, row: int, has_header: bool, delimiter: 
         count += 1
     row -= count
   return files[-1]
+
+
+def _by_place(count: int) -> str:
+  """Returns SQL that names the columns of a source by their places: to DuckDB, Item and item are one name."""
+  return f" AS source({', '.join(f'column{place}' for place in range(count))})"
+
+
+def _columns(names: list[str], chosen: dict[str, str]) -> str:
+  """Returns SQL that selects the chosen ones of the columns that `_by_place` named."""
+  return ", ".join(f'column{names.index(name)} AS "{key}"' for key, name in chosen.items())
 
 
 def _name(name: str) -> str:

@@ -367,4 +367,4 @@ def run_fresh(folder: pathlib.Path, histories: list[list[Any]], k: int, backend:
                           cwd=elsewhere, env=os.environ | platforms, capture_output=True, text=True)
   if done.returncode:
     raise ValueError(f"the artefact does not run: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-  return [json.loads(line) for line in done.stdout.splitlines()]
+  return [json.loads(line) for line in done.stdout.split("\n") if line]  # a title may hold U+2028

@@ -73,7 +73,7 @@ class Catalogue:
     known = self.numbers
     numbered, unknown = [], []
     for row, history in enumerate(histories):
-      if isinstance(history, (str, bytes)) or not isinstance(history, Iterable):
+      if isinstance(history, (str, bytes, set, frozenset, dict)) or not isinstance(history, Iterable):
         raise ValueError(f"history {row} is {history!r}, not a list of items; one history is recommend([[...]])")
       raws = to_text(history, "history", row)
       found = [known.get(raw, 0) for raw in raws]
@@ -398,7 +398,7 @@ def read_histories(path: str) -> list[list[Id]]:
   """
   histories = []
   try:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
       for number, line in enumerate(file, start=1):
         if line.strip():
           history = json.loads(line)
