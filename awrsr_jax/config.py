@@ -49,7 +49,7 @@ BOUNDS = {
     "data.split.test_share": (0, False), "data.split.seed": (0, True), "data.max_length": (1, True),
     "data.buckets": (1, True),
     "data.synthetic.num_users": (1, True), "data.synthetic.num_items": (2, True), "data.synthetic.length": (5, True),
-    "data.synthetic.order": (1, True), "data.synthetic.seed": (0, True), "data.synthetic.temperature": (0, False),
+    "data.synthetic.order": (1, True), "data.synthetic.seed": (0, True), "data.synthetic.temperature": (1e-6, True),
     "model.width": (1, True), "model.layers": (1, True), "model.heads": (1, True), "model.ffn_width": (1, True),
     "model.dropout": (0, True), "model.attention.dropout": (0, True),
     "model.table_multiple": (1, True), "model.awr.rank": (1, True), "model.awr.order": (1, True),
@@ -292,7 +292,12 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
                      "config.model.refine=simple")
   if config.data.min_rating is not None and not math.isfinite(config.data.min_rating):
     raise ValueError(f"config.data.min_rating={config.data.min_rating} must be a finite number, or None")
-  split = config.data.split
+  split, usual = config.data.split, default().data.split
+  for name, keys in (("time", ("valid_from", "test_from", "target")), ("users", ("valid_share", "test_share", "seed"))):
+    for key in keys:
+      if split.name != name and split[key] != usual[key]:
+        raise ValueError(f"config.data.split.{key}={split[key]} needs config.data.split.name={name}, not {split.name}; "
+                         f"set the name, or leave {key} out")
   if split.name == "users" and split.valid_share + split.test_share >= 1:
     raise ValueError(f"config.data.split.valid_share={split.valid_share} and test_share={split.test_share} leave no "
                      "user to train on; lower them")

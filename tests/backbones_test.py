@@ -11,7 +11,7 @@ import pytest
 from blocks_test import block_by_loops, norm_by_loops
 from refine_test import CASES, VARIANTS, model_of, random_params
 
-from awrsr_jax.config import finalize
+from awrsr_jax.config import default, finalize
 from awrsr_jax.model import sasrec, stosa
 from awrsr_jax.model.backbones import BACKBONES, attention_maps, build_backbone
 from awrsr_jax.model.hidden import Hidden, table_rows
@@ -332,3 +332,12 @@ def test_encode_alone_returns_no_maps():
   backbone, params = build("value")
   out = jax.eval_shape(lambda params: backbone.apply({"params": params}, INPUTS, method="encode"), params)
   assert [leaf.shape for leaf in jax.tree.leaves(out)] == [(3, 5, WIDTH)]
+
+
+def test_64_bits_are_refused_before_a_good_checkpoint_looks_damaged():
+  jax.config.update("jax_enable_x64", True)
+  try:
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
+      build_backbone(finalize(default()), 5)
+  finally:
+    jax.config.update("jax_enable_x64", False)

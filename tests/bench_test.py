@@ -80,6 +80,14 @@ def test_attention_memory_is_linear_in_blocks_and_the_loss_keeps_no_matrix(small
   assert measures.plan_loss(small_config, True, 20_000) > 8 * measures.plan_loss(small_config, False, 20_000)
 
 
+def test_where_blocks_are_refused_a_step_is_timed_with_whole_matrices_alone(small_config, monkeypatch):
+  monkeypatch.setattr(measures, "measure_machine", lambda: (1e9, 1e9))
+  small_config.model.awr.value_projection = True
+  found = measures.measure_step(small_config, measures.Turns(["value"], [], 1, 0.0, 1))
+  assert [row[""] for row in found["rows"]] == ["value, reference"]
+  assert found["notes"][1].startswith("value, fused: config.model.attention.implementation=fused cannot do")
+
+
 def test_work_grows_as_the_formula_says(small_config):
   small_config.model.refine, small_config.loss.name = "none", "softmax"
   operations, moved = measures.count_work(finalize(small_config), 40)
@@ -106,3 +114,17 @@ def test_a_table_lines_up():
   assert bench.format_table(rows).splitlines() == [
       "                n      x  y", "a       1,234,567  0.123   ", "longer          1  1,234  2"]
   assert json.dumps(rows)
+
+
+def test_flags_of_the_config_are_passed_on_however_they_are_written():
+  words = ["--config", "a.py", "--measure", "start", "-config.seed=1", "--noconfig.model.remat",
+           "--config.train.epochs", "2"]
+  assert bench.config_flags_of(words) == [word for word in words if word not in ("--measure", "start")]
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
+  monkeypatch.setattr(bench, "MEASURE", types.SimpleNamespace(value=["memory"]))
+  monkeypatch.setattr(bench, "REFINE", types.SimpleNamespace(value=["none"]))
+  monkeypatch.setattr(bench, "OUT", types.SimpleNamespace(value=str(tmp_path / "none" / "x.json")))
+  with pytest.raises(SystemExit, match="^ValueError: --out="):
+    bench.main(["bench"])

@@ -468,3 +468,10 @@ def test_texts_come_back(texts):
   assert checkpoint.decode_texts(arrays) == texts
   assert checkpoint.decode_texts(jax.tree.map(jnp.asarray, arrays)) == texts
   assert arrays["bytes"].dtype == np.uint8 and arrays["ends"].dtype == np.int32 and arrays["bytes"].size > 0
+
+
+def test_texts_of_more_bytes_than_a_checkpoint_holds_are_refused(monkeypatch):
+  monkeypatch.setattr(checkpoint, "MOST_BYTES", 5)
+  checkpoint.encode_texts(["é", "abc"])
+  with pytest.raises(ValueError, match="titles of 2 items have 6 bytes, and a checkpoint holds up to 5"):
+    checkpoint.encode_texts(["é", "abcd"])

@@ -40,6 +40,8 @@ def set_value(key, value):
     node = node[parent]
   with node.ignore_type():
     node[leaf] = value
+  if parents[-1:] == ["split"] and leaf != "name":
+    node.name = "users" if leaf in ("valid_share", "test_share", "seed") else "time"
   return config
 
 
@@ -220,7 +222,17 @@ def test_moments_are_shares_numbers_or_dates(text, expected):
 def test_what_is_no_moment_is_refused(text):
   with pytest.raises(ValueError, match=re.escape(f"config.data.split.test_from={text!r} is no share")):
     configs.finalize(changed(data__split__name="time", data__split__test_from=text))
-  configs.finalize(changed(data__split__test_from=text))  # not read there
+
+
+@pytest.mark.parametrize("name, others", [("leave_one_out", "time users"), ("time", "users"), ("users", "time")])
+def test_what_a_split_would_not_look_at_is_refused(name, others):
+  values = {"time": {"valid_from": "70%", "test_from": "96%", "target": "all"},
+            "users": {"valid_share": 0.2, "test_share": 0.2, "seed": 1}}
+  for other in others.split():
+    for key, value in values[other].items():
+      with pytest.raises(ValueError, match=f"split.{key}={value} needs config.data.split.name={other}, not"):
+        configs.finalize(changed(**{"data__split__name": name, f"data__split__{key}": value}))
+      configs.finalize(changed(**{"data__split__name": other, f"data__split__{key}": value}))
 
 
 def test_rating_floors_are_numbers_and_users_are_left_to_train_on():

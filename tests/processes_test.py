@@ -261,6 +261,14 @@ def test_flags_that_do_not_name_a_process_are_refused(who, message):
     processes.start(*who)
 
 
+def test_a_port_that_process_0_cannot_have_is_refused():
+  with socket.create_server(("", 0)) as taken:
+    with pytest.raises(ValueError, match="cannot have this port .*Address already in use"):
+      processes.start(f"localhost:{taken.getsockname()[1]}", 2, 0)
+  with pytest.raises(ValueError, match="cannot have this port .*0-65535"):
+    processes.start("localhost:99999", 2, 0)
+
+
 def test_a_message_that_quotes_a_name_that_is_no_unicode_reaches_all(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda x: np.stack([x, x]))

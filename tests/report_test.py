@@ -140,7 +140,7 @@ def test_a_page_without_figures_says_why(groups):
 def test_every_text_is_escaped(tmp_path):
   folder = tmp_path / "<img src=x onerror=alert(1)>\"&'"
   first = write_run(folder)
-  second = write_run(tmp_path / "b", 1, {"data.split.valid_from": NASTY, "data.name": NASTY})
+  second = write_run(tmp_path / "b", 1, {"data.columns.title": NASTY, "data.name": NASTY})
   groups = runs.group([runs.read_run(first), runs.read_run(second)])
   for members in groups.values():
     members[0].corpus.update(name=NASTY, fingerprint=NASTY)

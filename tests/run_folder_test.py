@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 from etils import epath
@@ -174,7 +175,7 @@ def test_a_refused_open_changes_no_file(tmp_path):
   assert read(tmp_path / "config.json")["train"]["epochs"] == 5
 
 
-def test_in_a_complete_run_nothing_is_written(tmp_path):
+def test_in_a_complete_run_nothing_is_written(tmp_path, caplog):
   open_and_close(tmp_path, train__epochs=5)
   result = {"epochs": 5, "test": {}}
   (tmp_path / "result.json").write_text(json.dumps(result))
@@ -182,6 +183,9 @@ def test_in_a_complete_run_nothing_is_written(tmp_path):
   assert read(tmp_path / "config.json")["data"]["path"] == ""
   with pytest.raises(ValueError, match="another config"):
     open_and_close(tmp_path, train__epochs=5, model__width=32)
+  assert "ranks" not in caplog.text
+  assert open_and_close(tmp_path, train__epochs=5, eval__hash_ids=True) == result
+  assert "is complete: its ranks stay as config.eval.hash_ids=False has made them" in caplog.text
   assert open_and_close(tmp_path, train__epochs=6, data__path="moved.txt") is None
   assert read(tmp_path / "config.json")["data"]["path"] == "moved.txt"
   (tmp_path / "corpus.json").unlink()
@@ -348,12 +352,19 @@ def test_a_resumed_writer_goes_on_after_its_step(tmp_path):
   assert [(step, value) for _, step, value in read_events(tmp_path / "tensorboard")] == expected
 
 
-def test_without_a_terminal_each_line_is_logged(tmp_path, caplog):
+def test_without_a_terminal_each_line_is_logged(tmp_path, caplog, monkeypatch):
   caplog.set_level(logging.INFO)
+  clock = [0.0]
+  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0], time=lambda: 0.0))
   writer = metrics.MetricsWriter(tmp_path, 0, 10)
-  writer.write(5, 2, "valid", {"ndcg@10": 0.125})
+  for now, step in ((100, 1), (102, 2), (108, 5)):  # compiling for the first step took 100 s
+    clock[0] = now
+    writer.advance(step)
+    writer.write(step, 2, "valid", {"ndcg@10": 0.125})
   writer.close()
-  assert "step 5/10 epoch 2 valid ndcg@10=0.125 eta" in caplog.text
+  assert [record.getMessage() for record in caplog.records if record.name == metrics.LOG.name] == [
+      "step 1/10 epoch 2 valid ndcg@10=0.125", "step 2/10 epoch 2 valid ndcg@10=0.125 eta=16s",
+      "step 5/10 epoch 2 valid ndcg@10=0.125 eta=10s"]
 
 
 def test_a_bucket_gets_whole_files_and_no_lock(tmp_path, monkeypatch):

@@ -173,6 +173,25 @@ def test_the_speed_of_a_line_is_that_of_training_since_the_start_or_the_last_lin
   assert [values["interactions_per_sec"] for values in lines] == [5.0] * {0: 6, 5: 5}[start]
 
 
+def test_compiling_ranking_and_saving_are_left_out_of_the_speed(small_config, tmp_path, monkeypatch):
+  clock, left_out = [0.0], []
+
+  def taking(seconds, call):
+    def longer(*arguments, **named):
+      clock[0] += seconds
+      return call(*arguments, **named)
+    return longer
+
+  monkeypatch.setattr(train_module, "time", types.SimpleNamespace(monotonic=taking(1, lambda: clock[0])))
+  monkeypatch.setattr(train_module.Line, "leave_out", lambda line, seconds: left_out.append(seconds))
+  monkeypatch.setattr(train_module.ranking, "rank_users", taking(100, train_module.ranking.rank_users))
+  monkeypatch.setattr(train_module.checkpoint, "save", taking(30, train_module.checkpoint.save))
+  small_config.train.epochs = 1
+  result = train(small_config, tmp_path / "run")
+  assert {31, 101} <= set(left_out)  # and what the clock itself takes
+  assert 0 < sum({*left_out} - {31, 101}) <= result["compiled"]["seconds"]
+
+
 def test_a_run_of_another_law_does_not_go_on_but_can_be_used(small_config, tmp_path, monkeypatch):
   with monkeypatch.context() as older:
     older.setattr(checkpoint, "LAW", checkpoint.LAW - 1)

@@ -15,13 +15,13 @@ import awrsr_jax.malloc  # noqa: F401, I001 (before a thread is started)
 
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
 from awrsr_jax.analysis.text import align
@@ -30,6 +30,7 @@ from awrsr_jax.command import keep_compiled, parse_flags, refuse, require_config
 from awrsr_jax.config import REFINEMENTS, finalize
 from awrsr_jax.engine import memory
 from awrsr_jax.engine.mesh import mesh_sizes
+from awrsr_jax.engine.run_folder import write_found
 
 MEASURES = ("throughput", "step", "memory", "start")
 
@@ -54,6 +55,16 @@ def format_table(rows: list[dict[str, Any]]) -> str:
   return "\n".join(align(lines))
 
 
+def config_flags_of(words: Sequence[str]) -> list[str]:
+  """Returns the words of a command line that set the config, in each of the ways that flags are written."""
+  found, is_config = [], False
+  for word in words:
+    if word.startswith("-"):  # another word is the value of the flag before it
+      is_config = word.lstrip("-").partition("=")[0].partition(".")[0] in ("config", "noconfig")
+    found += [word] if is_config else []
+  return found
+
+
 def name_devices(mesh: Any) -> str:
   """Returns how many devices the mesh of a config has here, and their kind. Raises ValueError: see mesh_sizes."""
   data, model = mesh_sizes(mesh, jax.device_count())
@@ -68,14 +79,19 @@ def main(argv: Sequence[str]) -> None:
     for flag, values, known in (("measure", MEASURE.value, MEASURES), ("refine", REFINE.value, REFINEMENTS)):
       if set(values) - set(known):
         raise ValueError(f"--{flag}={','.join(values)} is not of {', '.join(known)}")
+    if OUT.value and (epath.Path(OUT.value).is_dir() or not epath.Path(OUT.value).parent.is_dir()):
+      raise ValueError(f"--out={OUT.value} is a folder, or lies in none that exists; name a file in a folder that does")
     keep_compiled()
     config = CONFIG.value
+    finalize(config.copy_and_resolve_references())
+    # first: once this process has a TPU, the one that is started cannot have it
+    started = measures.measure_start(config_flags_of(sys.argv[1:])) if "start" in MEASURE.value else {}
     devices = name_devices(finalize(config.copy_and_resolve_references()).mesh)
     turns = measures.Turns(REFINE.value, PEER.value, ROUNDS.value, SECONDS.value, USERS.value)
     measure = {"throughput": lambda: measures.measure_throughput(config, turns),
                "step": lambda: measures.measure_step(config, turns),
                "memory": lambda: measures.measure_memory(config, turns),
-               "start": lambda: measures.measure_start([flag for flag in sys.argv[1:] if flag.startswith("--config")])}
+               "start": lambda: started}
     result = {"device": f"{devices}, {os.cpu_count()} cores", "command": " ".join(sys.argv[1:]),
               "config": config.to_dict()}
     print(result["device"])
@@ -85,9 +101,9 @@ def main(argv: Sequence[str]) -> None:
         if title.endswith("rows"):
           print(f"\n{name}{' ' if title != 'rows' else ''}{title.removesuffix('rows').strip()}\n{format_table(rows)}")
       print("\n".join(measured.get("notes", [])), flush=True)
-    result["peak memory"] = memory.measure_peak()
-    if OUT.value:
-      pathlib.Path(OUT.value).write_text(json.dumps(result, indent=2, default=str) + "\n")
+      if OUT.value:  # now: what comes next may be refused
+        whole = result | {"peak memory": memory.measure_peak()}
+        write_found(OUT.value, json.loads(json.dumps(whole, default=str)))
   except ValueError as error:
     refuse(error)
 

@@ -38,6 +38,7 @@ LAW = 2  # of batches and dropout, what a step does with seed and config; 1: bat
 KINDS = {"step": int, "best_step": int, "checksums": {...: int}, "ids_sha256": str, "config": dict,
          "corpus": {"items": int}}  # of a record
 KEPT_LATEST = 2
+MOST_BYTES = np.iinfo(np.int32).max  # of the ids of a bundle, and of its titles
 # What tells of the machine and not of a file: errors of the system, of TensorStore, and of what reads a bucket.
 MACHINE = {errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOMEM}
 STATUSES = "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED"
@@ -329,8 +330,16 @@ def hash_arrays(tree: Any) -> str:
 
 
 def encode_texts(texts: list[str]) -> dict[str, np.ndarray]:
-  """Returns texts as two arrays: their UTF-8 bytes, and where each ends."""
+  """Returns texts as two arrays: their UTF-8 bytes, and where each ends (int32).
+
+  Raises:
+    ValueError: they have more bytes than that.
+  """
   encoded = [text.encode() for text in texts]
+  total = sum(map(len, encoded))
+  if total > MOST_BYTES:
+    raise ValueError(f"the ids or titles of {len(texts)} items have {total} bytes, and a checkpoint holds up to "
+                     f"{MOST_BYTES}; shorten the titles, or leave their column out")
   return {"bytes": np.frombuffer(b"".join(encoded) or b"\0", np.uint8),
           "ends": np.cumsum([len(text) for text in encoded]).astype(np.int32)}
 

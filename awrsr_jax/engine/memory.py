@@ -3,6 +3,7 @@
 import math
 import re
 import resource
+import sys
 from typing import Any
 
 import jax
@@ -109,4 +110,5 @@ def measure_peak() -> dict[str, int]:
   """
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   device = max((stat.get("peak_bytes_in_use", 0) for stat in stats), default=0)
-  return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | ({"device": device} if device else {})
+  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+  return {"host": host} | ({"device": device} if device else {})

@@ -30,10 +30,12 @@ class MetricsWriter:
     self._events = None if is_remote(workdir) else open_events(self._path.with_name("tensorboard"), start)
     self._bar = tqdm.tqdm(initial=start, total=total, unit="step") if sys.stderr.isatty() else None
     self._shown: dict[str, str] = {}
-    self._start, self._total, self._begin = start, total, time.monotonic()
+    self._total = total
+    self._begun: tuple[int, float] | None = None  # the first step that was done here, and when: eta counts from there
 
   def advance(self, step: int) -> None:
-    """Moves the progress bar on to a step."""
+    """Moves the progress bar on to a step that is done."""
+    self._begun = self._begun or (step, time.monotonic())
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
@@ -50,9 +52,11 @@ class MetricsWriter:
       self._shown |= shown
       self._bar.set_postfix(self._shown)
     else:
-      left = (time.monotonic() - self._begin) / max(step - self._start, 1) * (self._total - step)
-      LOG.info("step %d/%d epoch %d %s %s eta %.0fs", step, self._total, epoch, split,
-                   " ".join(f"{name}={value}" for name, value in shown.items()), left)
+      if self._begun and step > self._begun[0]:
+        took = (time.monotonic() - self._begun[1]) / (step - self._begun[0])
+        shown["eta"] = f"{took * (self._total - step):.0f}s"
+      LOG.info("step %d/%d epoch %d %s %s", step, self._total, epoch, split,
+               " ".join(f"{name}={value}" for name, value in shown.items()))
 
   def sync(self) -> None:
     """Makes sure that all lines are stored, before a checkpoint makes them final."""

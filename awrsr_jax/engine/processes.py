@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,6 +54,12 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
       raise ValueError(f"--process_id={process_id} must be at least 0 and below --num_processes={num_processes}")
     if not coordinator_address.rpartition(":")[2].isdigit():
       raise ValueError(f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0")
+    if process_id == 0:
+      try:  # JAX may end with a segmentation fault where it cannot have the port
+        socket.create_server(("", int(coordinator_address.rpartition(":")[2]))).close()
+      except (OSError, OverflowError) as error:
+        raise ValueError(f"--coordinator_address={coordinator_address}: process 0 cannot have this port ({error}); "
+                         "choose another for all processes") from error
   # JAX's own preemption service wants a counter that only grows, and Orbax sets it back from a thread, to older steps:
   # a notice at that moment would be for a step that never comes. The train step carries the notice instead.
   jax.config.update("jax_enable_preemption_service", False)

@@ -192,6 +192,11 @@ def open_run(workdir: str | os.PathLike[str], config: Any,
         if saved or (folder / name).exists():
           check(workdir, read_json(folder / name), now)
       if result and result.get("epochs") == config.train.epochs:
+        made = dict(walk(read_json(folder / "config.json")))
+        for key in ("eval.keep_ranks", "eval.hash_ids"):
+          if made.get(key, values[key]) != values[key]:
+            LOG.warning("%s is complete: its ranks stay as config.%s=%s has made them; for others train in another "
+                        "--workdir", workdir, key, made[key])
         return lock, result
       write_json(folder / "config.json", nest(values))
       write_json(folder / "corpus.json", corpus)

@@ -232,7 +232,9 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
       break
     call = next(calls)
     feed = call.feed | {"stop": meshes.stop_flags(job.mesh, told_to_stop())}
+    before = compiled.seconds
     state, report = job.train_step(state, feed, job.cumulative, lengths=call.lengths)
+    line.leave_out(compiled.seconds - before)
     if step == first:
       jax.block_until_ready(report)
       LOG.info("first step %.1f s after the start, of which compiling took %.1f s (%d programs, %d of them from the "
@@ -245,7 +247,9 @@ def run_steps(job: Job, workdir: str | os.PathLike[str], manager: ocp.Checkpoint
     stop = line.flush() or stop
     writer.sync()
     record = record | constants | {"step": step, "seconds": seconds + time.monotonic() - began}
+    paused = time.monotonic()
     checkpoint.save(manager, state, record, ids)
+    line.leave_out(time.monotonic() - paused)
     if stop:
       manager.wait_until_finished()
       raise processes.Preempted(f"at step {step} of {job.total_steps}")
@@ -265,7 +269,7 @@ class Line:
     self._since, self._clock = step, time.monotonic()
 
   def leave_out(self, seconds: float) -> None:
-    """Leaves so much of the time since the last line out of interactions_per_sec."""
+    """Leaves so much of the time since the last line, which was no training, out of interactions_per_sec."""
     self._clock += seconds
 
   def put(self, step: int, report: Report) -> None:

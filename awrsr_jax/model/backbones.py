@@ -30,8 +30,11 @@ def build_backbone(config: Any, num_items: int) -> nn.Module:
   """Returns the backbone that a finalized config names, for items 1 to num_items.
 
   Raises:
-    ValueError: fused attention is asked for, and cannot do what the config wants of it.
+    ValueError: fused attention is asked for, and cannot do what the config wants of it; or JAX is set to 64 bits.
   """
+  # parameters would be float64, and every good checkpoint would look damaged
+  if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    raise ValueError("JAX_ENABLE_X64 (jax_enable_x64) is set, and models and checkpoints here are of 32 bits; unset it")
   backbone = BACKBONES[config.model.backbone](config.model, config.data.max_length, num_items)
   if config.model.attention.implementation == "fused":  # what it cannot do is raised here, before anything is written
     param_shapes(backbone)

@@ -29,7 +29,8 @@ class Drop:
     """
     columns = (jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)).reshape((1,) * rows.ndim + (-1,))
     bits = scramble(scramble(rows + self.words[0])[..., None] ^ (columns + self.words[1]))
-    return jnp.where(bits >= jnp.uint32(round(self.rate * 2 ** 32)), x * (1 / (1 - self.rate)), 0).astype(x.dtype)
+    least = jnp.uint32(min(round(self.rate * 2 ** 32), 2 ** 32 - 1))
+    return jnp.where(bits >= least, x * (1 / (1 - self.rate)), 0).astype(x.dtype)
 
   def again(self, number: int) -> "Drop":
     """Returns a Drop with a key of its own, from 1; number 0 is this one."""
