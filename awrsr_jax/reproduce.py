@@ -27,13 +27,14 @@ from absl import app, flags
 from etils import epath
 
 from awrsr_jax.analysis.grid import COMPLETE, Grid, Planned, load_grid, read_state, read_states
-from awrsr_jax.analysis.results import RUNS, write_results
+from awrsr_jax.analysis.results import write_results
 from awrsr_jax.analysis.text import show_metric
 from awrsr_jax.command import refuse
 from awrsr_jax.engine import processes
 from awrsr_jax.engine.run_folder import lock_folder, read_json
 from awrsr_jax.foreign import printable
 
+RUNS = "docs/results/runs"  # where runs are published; whoever adds one has the page of all
 MOST_AGAIN = 3  # times that a run which asks for it (code 75) is started again
 PAUSE_S = 0.1  # between looks at the processes
 

@@ -502,12 +502,14 @@ def test_rows_without_a_common_seed_or_without_ranks_are_not_compared(tmp_path):
                    write_page(grid, tmp_path / "out", tmp_path / "results.md")[0].replace("\\", ""))
 
 
-def test_what_was_not_run_has_no_command_on_the_page(tmp_path):
+def test_what_was_not_run_has_no_command_on_the_page(tmp_path, monkeypatch):
   grid = plan(table(), table("T two", {"deep": {"model.layers": 3}}))
   finish(grid.by_row["T one", "value"][1], tmp_path / "out")
   text, _ = write_page(grid, tmp_path / "out", tmp_path / "results.md")
   assert text.count("awrsr_jax.main") == 1 and "for seed in 0 1; do" in text
-  assert "--config.seed=$seed --workdir=docs/results/runs/T_one/value/seed_$seed\n" in text
+  assert "--config.seed=$seed --workdir=OUT/T_one/value/seed_$seed\n" in text  # and no path of this machine
+  monkeypatch.chdir(tmp_path)
+  assert "--workdir=out/T_one/value/seed_$seed\n" in write_page(grid, "out", tmp_path / "results.md")[0]
   assert "## T two" not in text and text.endswith("prints their commands.\n\n- T two: A title\n")
 
 
@@ -549,8 +551,7 @@ def test_runs_that_do_not_belong_together_are_refused(file, key, words, seeds_of
 
 
 def test_the_published_page_says_what_the_published_runs_do():
-  folder = ROOT / "docs/results/runs"
-  text, _ = results.render(grids.load_grid("configs/grids/results.py"), folder, "results")
+  text, _ = results.render(grids.load_grid("configs/grids/results.py"), reproduce.RUNS, "results")
   assert text == (ROOT / "docs/results.md").read_text()
 
 

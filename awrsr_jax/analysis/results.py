@@ -25,7 +25,6 @@ from awrsr_jax.engine.run_folder import lock_folder, write_bytes, write_text
 from awrsr_jax.foreign import plain
 
 COMPARED = "ndcg@10"
-RUNS = "docs/results/runs"  # where runs are published; whoever adds one has the page of all
 HOW_TO_READ = """\
 Values are means over seeds ± one sample deviation; there is no deviation where one seed is complete. Of each run the
 best epoch by validation NDCG@10 is ranked once on the test split. "Against" compares test NDCG@10 with the first row,
@@ -102,7 +101,7 @@ def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple
     if isinstance(table, Cost):
       parts += render_cost(table, rows)
       continue
-    found, drawing = render_table(table, rows[table.key], figure_folder)
+    found, drawing = render_table(table, rows[table.key], figure_folder, out)
     parts += found
     drawings += [drawing] if drawing else []
   if empty:
@@ -111,13 +110,14 @@ def render(grid: Grid, out: str | os.PathLike[str], figure_folder: str) -> tuple
   return "\n\n".join(parts) + "\n", drawings
 
 
-def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple[list[str], Drawing | None]:
+def render_table(table: Table, rows: Sequence[Row], figure_folder: str,
+                 out: str | os.PathLike[str]) -> tuple[list[str], Drawing | None]:
   """Returns the paragraphs of a table after its text, and its figure where two rows have a complete run.
 
   Args:
     table: what is wanted.
     rows: of it; one or more of them have a complete run.
-    figure_folder: see render.
+    figure_folder, out: see render.
 
   Raises:
     ValueError: its runs rank other targets or under another protocol.
@@ -144,7 +144,7 @@ def render_table(table: Table, rows: Sequence[Row], figure_folder: str) -> tuple
       parts += [f"![{drawing.title}, {table.title}]({figure_folder}/{drawing.key}.svg)", caption]
     except ValueError as error:
       parts.append(f"There is no figure: {escape(str(error))}.")
-  parts.append(list_commands(complete))
+  parts.append(list_commands(complete, "OUT" if os.path.isabs(out) else os.fspath(out)))  # a page names no machine
   return parts, drawing
 
 
@@ -231,11 +231,11 @@ def name_missing(rows: Sequence[Row]) -> str:
   return "; ".join(parts)
 
 
-def list_commands(rows: Sequence[Row]) -> str:
-  """Returns the commands of a table as a block of shell, one line a row, in a loop over seeds."""
+def list_commands(rows: Sequence[Row], out: str) -> str:
+  """Returns the commands of a table as a block of shell, one line a row, in a loop over seeds; runs lie in `out`."""
   lines = []
   for row in rows:
-    words = row.planned[0].command(RUNS, "DATA", seed="$seed")
+    words = row.planned[0].command(out, "DATA", seed="$seed")
     lines.append("  " + " ".join(word if "$" in word else shlex.quote(word) for word in words))
   seeds = " ".join(str(run.seed) for run in rows[0].planned)
   return "\n".join(["```bash", f"for seed in {seeds}; do", *lines, "done", "```"])
