@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from etils import epath
 from ml_collections import config_flags
 from scipy import sparse
 
@@ -30,7 +29,7 @@ from awrsr_jax.data.batches import ranking_batches
 from awrsr_jax.data.corpus import Corpus
 from awrsr_jax.data.splits import HELD_OUT
 from awrsr_jax.engine.ranking import describe_protocol, rank_by, summarize
-from awrsr_jax.engine.run_folder import write_found
+from awrsr_jax.engine.run_folder import check_out, write_found
 
 Score = Callable[[np.ndarray], np.ndarray]  # as `ranking.rank_by` takes it
 
@@ -193,8 +192,8 @@ def run(config: Any, neighbours: int, out: str | None) -> None:
   Raises:
     ValueError: see `prepared.load` and `measure`; or the file cannot be written.
   """
-  if out and (epath.Path(out).is_dir() or not epath.Path(out).parent.is_dir()):
-    raise ValueError(f"--out={out} is a folder, or lies in none that exists; name a file in a folder that does")
+  if out:
+    check_out(out)
   found = measure(prepared.load(config.data), config, neighbours)
   print("{name}: {users} users, {items} items, {interactions} interactions".format(**found["corpus"]))
   print(f"{found['protocol']}\n{format_table(found['baselines'])}")

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from etils import epath
 from ml_collections import config_flags
 
 from awrsr_jax.analysis.text import align
@@ -30,7 +29,7 @@ from awrsr_jax.command import keep_compiled, parse_flags, refuse, require_config
 from awrsr_jax.config import REFINEMENTS, finalize
 from awrsr_jax.engine import memory
 from awrsr_jax.engine.mesh import mesh_sizes
-from awrsr_jax.engine.run_folder import write_found
+from awrsr_jax.engine.run_folder import check_out, write_found
 
 MEASURES = ("throughput", "step", "memory", "start")
 
@@ -79,14 +78,14 @@ def main(argv: Sequence[str]) -> None:
     for flag, values, known in (("measure", MEASURE.value, MEASURES), ("refine", REFINE.value, REFINEMENTS)):
       if set(values) - set(known):
         raise ValueError(f"--{flag}={','.join(values)} is not of {', '.join(known)}")
-    if OUT.value and (epath.Path(OUT.value).is_dir() or not epath.Path(OUT.value).parent.is_dir()):
-      raise ValueError(f"--out={OUT.value} is a folder, or lies in none that exists; name a file in a folder that does")
+    if OUT.value:
+      check_out(OUT.value)
     keep_compiled()
     config = CONFIG.value
-    finalize(config.copy_and_resolve_references())
+    mesh = finalize(config.copy_and_resolve_references()).mesh
     # first: once this process has a TPU, the one that is started cannot have it
     started = measures.measure_start(config_flags_of(sys.argv[1:])) if "start" in MEASURE.value else {}
-    devices = name_devices(finalize(config.copy_and_resolve_references()).mesh)
+    devices = name_devices(mesh)
     turns = measures.Turns(REFINE.value, PEER.value, ROUNDS.value, SECONDS.value, USERS.value)
     measure = {"throughput": lambda: measures.measure_throughput(config, turns),
                "step": lambda: measures.measure_step(config, turns),

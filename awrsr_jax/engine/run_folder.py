@@ -115,6 +115,12 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
   write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def check_out(out: str) -> None:
+  """Raises ValueError where --out, for a file of what a command finds, is a folder or lies in none."""
+  if epath.Path(out).is_dir() or not epath.Path(out).parent.is_dir():
+    raise ValueError(f"--out={out} is a folder, or lies in none that exists; name a file in a folder that does")
+
+
 def write_found(out: str, found: dict[str, Any]) -> None:
   """Writes what a command found into the JSON file of its --out, whole or not at all.
 
