@@ -167,6 +167,7 @@ keep_running() {
     .venv/bin/python -m awrsr_jax.main "$@" &
     pid=$!
     echo "$pid" >runs/job/python_pid
+    if [[ -n $stopping ]]; then kill -TERM "$pid" || true; fi # told before there was a job to tell
     # A wait would be cut short by the signal, and so miss how the job ended.
     while kill -0 "$pid" 2>/dev/null; do sleep 1; done
     code=0
