@@ -76,5 +76,7 @@ def cache_folder() -> pathlib.Path:
 
 def keep_compiled() -> None:
   """Has compiled programs kept on disk, so that a second start, or a resumed run, compiles nothing again."""
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # JAX would keep what takes a second or more
   if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

@@ -116,8 +116,8 @@ if __name__ == "__main__":
   WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
   INPUT = flags.DEFINE_string("input", "-", "Histories: JSON lines, parquet, or a log; - is standard input, as JSON "
                               "lines.")
-  OUTPUT = flags.DEFINE_string("output", "-", "A file that ends in .jsonl, .csv (both also with .gz) or .parquet; - is "
-                               "standard output, JSON lines.")
+  OUTPUT = flags.DEFINE_string("output", "-", "A file that ends in .jsonl, .ndjson, .csv (each also with .gz) or "
+                               ".parquet; - is standard output, JSON lines.")
   K = flags.DEFINE_integer("k", 10, "How many items for each history.")
   INCLUDE_SEEN = flags.DEFINE_bool("include_seen", False, "A history may be given its own items.")
   ALLOW = flags.DEFINE_string("allow", None, "A file with one raw item id a line, spaces around it aside: only "

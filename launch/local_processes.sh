@@ -16,7 +16,7 @@ Process 0 prints here, process I into WORKDIR.process_I.log (for a --workdir=gs:
 Ctrl-C and SIGTERM reach every process as SIGTERM: the run saves and ends. When a process fails, the others have 60 s to
 end by themselves and are then killed.
 
-Exit code: 0 if every process ended with 0. Otherwise the first code that is neither 75 nor a signal's (1 and 2: bad
+Exit code: 0 if every process ended with 0. Otherwise the first code that is neither 75 nor a signal's (1: bad
 input). Otherwise 75: the run was told to stop or lost a process, and the same command goes on. With --restarts=R
 (default 0) the script itself starts again after 75, up to R times, unless it was told to stop.
 

@@ -216,9 +216,12 @@ def test_links_in_a_run_folder_are_not_written_through(tmp_path):
   victim.write_text("mine")
   folder = epath.Path(tmp_path / "run")
   folder.mkdir()
-  for name in ("config.json", "config.json.tmp", ".lock"):
+  for name in ("config.json", "config.json.tmp"):
     os.symlink(victim, folder / name)
-  run_folder.lock_folder(folder).close()
+  os.symlink(tmp_path / "made", folder / ".lock")
+  with pytest.raises(ValueError, match="cannot be written: Too many levels of symbolic links"):
+    run_folder.lock_folder(folder)
+  assert not os.path.exists(tmp_path / "made")
   run_folder.write_json(folder / "config.json", {})
   assert victim.read_text() == "mine" and not os.path.islink(folder / "config.json")
 

@@ -12,7 +12,7 @@ PACKAGE = "awrsr_jax"
 # Every file of the package, ground floor first. A file may import, at its top or inside a function, only from files
 # above it in this list.
 ORDER = (
-    "malloc", "config", "foreign", "command",
+    "config", "malloc", "foreign", "command",
     "data.log", "data.rules", "data.lines", "data.text",
     "data.tables", "data.from_tfds", "data.movielens", "data.readers",
     "data.synthetic", "data.splits", "data.corpus", "data.cooccurrence", "data.statistics", "data.records",

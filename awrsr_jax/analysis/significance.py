@@ -252,7 +252,8 @@ def compare(groups: dict[str, list[Run]], metrics: Sequence[str] = METRICS, resa
       "p", "p_holm"                                 see flip_signs; corrected for the groups of this metric
 
   Raises:
-    ValueError: a setting is out of range, runs do not rank the same targets under one protocol, or kept no ranks.
+    ValueError: a setting is out of range, runs do not rank the same targets under one protocol, or kept no ranks;
+      see also read_targets.
   """
   check_settings(metrics, resamples, seed, level)
   metrics, names = list(dict.fromkeys(metrics)), list(groups)

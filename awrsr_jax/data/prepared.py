@@ -130,7 +130,8 @@ def prepare(data: ml_collections.ConfigDict, out: str | os.PathLike[str], memory
     The content of prepared.json.
 
   Raises:
-    ValueError: as `corpus.load`; or the folder exists, is being prepared, or there is no space.
+    ValueError: as `corpus.load`; or data.path is a prepared folder, `out` exists or is being prepared, or there is no
+      space.
   """
   out = pathlib.Path(os.path.abspath(out))
   if data.path and is_prepared(data.path):

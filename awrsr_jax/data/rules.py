@@ -1,4 +1,4 @@
-"""Owns the rules that make histories of a clean log: duplicates, k-core, longest history, order; and its statistics.
+"""Owns the rules that make histories of a clean log: duplicates, k-core, longest history, order; and counts.
 
 Everything here is a query on table `coded` (user, item, time, row) of data/log.py, so that a log may be larger than
 memory. A history is a user's rows by (time, row): between equal times the order of the source decides.

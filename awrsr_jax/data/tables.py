@@ -100,7 +100,7 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
 
   Args:
     database: without `raw`.
-    data: `config.data`; of it `path`, `columns`, `header`, `on_bad_row` and whether `min_rating` is set.
+    data: `config.data`; of it `path`, `columns`, `header` and `on_bad_row`.
     path: instead of `data.path`.
     form: delimiter and column names of a file without header and quotes, where the caller knows them.
 
@@ -204,7 +204,7 @@ def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]
     where: for messages.
 
   Raises:
-    ValueError: a column that the config names is not there, or no layout fits.
+    ValueError: a column that the config names is not there, several have one name, or no layout fits.
   """
   chosen = {"user": columns.user, "item": columns.item, "time": columns.time, "rating": columns.rating,
             "title": columns.title}

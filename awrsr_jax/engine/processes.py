@@ -42,7 +42,7 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
   SLURM (srun) and Cloud TPU VMs say who is who; elsewhere the three flags do. Call it before JAX is used.
 
   Raises:
-    ValueError: some but not all flags are given, or they do not fit together.
+    ValueError: some but not all flags are given, they do not fit together, or process 0 cannot have the port.
   """
   given = {"--coordinator_address": coordinator_address, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]

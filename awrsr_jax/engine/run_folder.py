@@ -150,7 +150,7 @@ def lock_folder(folder: epath.Path, flag: str = "--workdir", wait: float = 0) ->
     return io.StringIO()
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("a")
+    lock = os.fdopen(os.open(folder / ".lock", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a")
   except OSError as error:
     raise ValueError(f"{flag}={folder} cannot be written: {error.strerror}; choose another folder") from error
   deadline = time.monotonic() + wait

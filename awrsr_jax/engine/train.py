@@ -117,7 +117,8 @@ def train(config: Any, workdir: str | os.PathLike[str],
     The content of result.json.
 
   Raises:
-    ValueError: anything wrong with config, data, devices or workdir; before the first compilation.
+    ValueError: anything wrong with config, data, devices or workdir, before the first step; or, later, a prepared
+      corpus or the best checkpoint is damaged.
     FloatingPointError: the loss or the gradient stopped being finite; the last good checkpoint stays.
     run_folder.DiskFull: no space is left; the same call goes on from the newest checkpoint once there is.
     checkpoint.Unreachable: the machine cannot read a checkpoint; the same call goes on once it can.
@@ -331,6 +332,10 @@ def conclude(job: Job, workdir: str | os.PathLike[str], manager: ocp.CheckpointM
 
   Returns:
     The content of result.json.
+
+  Raises:
+    ValueError: the best checkpoint cannot be read.
+    FloatingPointError, processes.Preempted: see ranking.rank_users.
   """
   steps, params_sha256, devices = int(state.step), checkpoint.hash_arrays(state.params), job.mesh.devices
   template = meshes.template(job.mesh, state)

@@ -80,6 +80,7 @@ def export(workdir: str | os.PathLike[str], out: str | os.PathLike[str], k: int 
   Raises:
     ValueError: see `trained.load`; or `out` exists or cannot be written, k or platforms are out of range, the model
       cannot be exported, or the artefact does not give what the live model gives. Nothing is left then.
+    FloatingPointError: a score of the live model is NaN.
   """
   if is_remote(out):
     raise ValueError(f"--out={out} is a bucket, and an artefact is made in a folder; make it here and copy it there")

@@ -101,7 +101,8 @@ class Trained:
       which the model knows nothing. Unknown items are skipped, counted and logged.
 
     Raises:
-      ValueError: k is out of range, an input is no list of histories, or `strict` found something.
+      ValueError: k is out of range, an input is no list, an item is no id, nothing is allowed, or `strict` found
+        something.
       FloatingPointError: a score is NaN.
     """
     numbered, _ = self.catalogue.admit(histories, strict)
@@ -115,7 +116,7 @@ class Trained:
     Similarity is the cosine of item vectors (SASRec) or minus the squared Wasserstein distance (STOSA), as `score`.
 
     Raises:
-      ValueError: an item is not in the catalogue, or k is out of range.
+      ValueError: an item is not in the catalogue, k is out of range, an input is no list, or nothing is allowed.
     """
     self._check_k(k)
     check_list(items, "items")
@@ -176,7 +177,7 @@ class Trained:
     """Returns bool (V,), which rows of the item table may be given, placed as the table is; `deny` wins.
 
     Raises:
-      ValueError: nothing is allowed, or an input is no list; or, with `strict`, an item is unknown.
+      ValueError: nothing is allowed, an input is no list, or an item is no id; or, with `strict`, an item is unknown.
     """
     rows = table_rows(self.backbone.num_items, self.config.model.table_multiple)
     chosen = self.catalogue.allowed(rows, allow, deny, strict)

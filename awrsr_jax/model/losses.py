@@ -54,8 +54,8 @@ def positive_vs_negative(positive: jax.Array, between: jax.Array) -> jax.Array:
 def gbce(positive: jax.Array, negatives: jax.Array, num_items: int, t: float) -> jax.Array:
   """Generalised binary cross entropy (Petrov and Macdonald, RecSys 2023, eq. 12 and 18), stable in float32.
 
-  -log sigmoid(positive)^beta - sum_k log(1 - sigmoid(negative_k)), with alpha = K / (I - 1) the sampling rate and
-  beta = alpha (t (1 - 1 / alpha) + 1 / alpha); without the mean over the K + 1 scores that the published code takes.
+  -log sigmoid(positive)^beta - sum_k log(1 - sigmoid(negative_k)), with alpha = min(1, K / (I - 1)) the sampling rate
+  and beta = alpha (t (1 - 1 / alpha) + 1 / alpha); without the published code's mean over the K + 1 scores.
   Taken in the log domain no power of a sigmoid is ever formed: the paper's transformed logit, which wants float64, is
   not needed.
 
