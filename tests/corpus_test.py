@@ -147,6 +147,8 @@ def test_short_histories_are_refused_or_dropped(tmp_path):
   with pytest.raises(ValueError, match=r"2 of 5 users have fewer than 3 interactions \(user 2 has 2\).*"
                      "--config.data.k_core=3"):
     load_text(tmp_path, content)
+  with pytest.raises(ValueError, match="3 of 3 users have fewer than 3 .*; raise --config.data.max_history=2"):
+    load_text(tmp_path, content, k_core=3, max_history=2)  # cut after k-core
   made = load_text(tmp_path, content, k_core=3)
   assert made.user_ids.tolist() == [1, 3, 5] and made.item_ids.tolist() == [0, 1, 2, 3]
 

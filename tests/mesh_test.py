@@ -76,6 +76,8 @@ def test_a_batch_that_does_not_split_is_an_error_that_names_the_key_and_a_size_t
   config.eval.batch_size, config.train.accumulate = 4, 3
   with pytest.raises(ValueError, match=r"train.batch_size=8 must .* axis x config.train.accumulate=3; take 12 or"):
     meshes.check_config(4, 2, config)
+  with pytest.raises(ValueError, match=r"=8 must be a multiple of config.train.accumulate=3; take 9 or lower train.a"):
+    meshes.check_config(1, 8, config)  # there is no fewer devices to take
   config.train.batch_size = 21
   meshes.check_config(1, 8, config)  # the model axis does not split batches
   config.model.table_multiple = 20

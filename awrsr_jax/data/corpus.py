@@ -156,7 +156,7 @@ def number(database: duckdb.DuckDBPyConnection, log: logs.Log, read: dict[str, i
   user_ids = logs.fetch_ids(database, "users", user_codes)
   item_ids = logs.fetch_ids(database, "items", item_codes)
   split = _make_split(database, offsets, user_ids, data.split)
-  splits.check(split, offsets, user_ids, data.name or log.source)
+  splits.check(split, offsets, user_ids, data.name or log.source, data.max_history)
   numbers = np.zeros(item_codes[-1] + 1, np.int32)
   numbers[item_codes] = np.arange(1, len(item_codes) + 1)
   chunks = (numbers[chunk] for chunk in rules.order_items(database))

@@ -92,8 +92,8 @@ def users_of(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
   return np.searchsorted(offsets, positions, side="right") - 1
 
 
-def check(split: Split, offsets: np.ndarray, user_ids: np.ndarray, name: str) -> None:
-  """Refuses a split that cannot be trained on or evaluated.
+def check(split: Split, offsets: np.ndarray, user_ids: np.ndarray, name: str, max_history: int = 0) -> None:
+  """Refuses a split that cannot be trained on or evaluated; `max_history` is the rule that cut histories last.
 
   Raises:
     ValueError: a user is too short for it; or a part is empty.
@@ -103,9 +103,10 @@ def check(split: Split, offsets: np.ndarray, user_ids: np.ndarray, name: str) ->
   short = np.flatnonzero(lengths < fewest)
   if short.size:
     needs = "training, validation and test" if fewest == FEWEST else "a history and an item to rank"
+    way = (f"raise --config.data.max_history={max_history}, which cuts all users" if 0 < max_history < fewest else
+           f"set --config.data.k_core={fewest} to drop them")
     raise ValueError(f"{name}: {short.size} of {lengths.size} users have fewer than {fewest} interactions "
-                     f"(user {user_ids[short[0]]} has {lengths[short[0]]}), but {needs} need one each; set "
-                     f"--config.data.k_core={fewest} to drop them")
+                     f"(user {user_ids[short[0]]} has {lengths[short[0]]}), but {needs} need one each; {way}")
   for part in HELD_OUT:
     if not split.targets[part].size:
       raise ValueError(f"{name}: the split ({split.words}) leaves nothing to rank for {part}; change config.data.split")

@@ -61,12 +61,14 @@ def make_mesh(mesh: Any) -> Mesh:
 
 def check_config(data: int, model: int, config: Any) -> None:
   """Raises ValueError when batches or the item table do not split evenly over `data` x `model` devices."""
-  for name, pieces, why in (("train", config.train.accumulate, f" x config.train.accumulate={config.train.accumulate}"),
-                            ("eval", 1, "")):
+  for name, pieces in ("train", config.train.accumulate), ("eval", 1):
     size, multiple = config[name].batch_size, data * pieces
     if size % multiple:
-      raise ValueError(f"config.{name}.batch_size={size} must be a multiple of the {data} devices of the data axis"
-                       f"{why if pieces > 1 else ''}; take {-(-size // multiple) * multiple} or lower mesh.data")
+      factors = [(f"the {data} devices of the data axis", "mesh.data")] * (data > 1)
+      factors += [(f"config.train.accumulate={pieces}", "train.accumulate")] * (pieces > 1)
+      what, lower = zip(*factors, strict=True)
+      raise ValueError(f"config.{name}.batch_size={size} must be a multiple of {' x '.join(what)}; take "
+                       f"{-(-size // multiple) * multiple} or lower {' or '.join(lower)}")
   if config.model.table_multiple % model:
     raise ValueError(f"config.model.table_multiple={config.model.table_multiple} must be a multiple of "
                      f"config.mesh.model={model}, the devices that share the item table")
