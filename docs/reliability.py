@@ -32,8 +32,7 @@ print(tracemalloc.get_traced_memory()[0] // 3000, 'bytes a call stay behind')"
 
 Orbax calls it at each save and has no switch for it. A run that saves every 10 steps, as this one, shows it most. So
 the soak is done as it is and without these calls. What grows besides, until it is full, is a cache of JAX, in which
-every resumption in the same process leaves the calls that it traced. The test fills it first since these rows were
-made.
+every resumption in the same process leaves the calls that it traced: the short resumptions before fill it.
 
 | fault | what happens | test | count | green |
 |---|---|---|---|---|"""
