@@ -160,7 +160,7 @@ def test_tfds_opens_the_folder(folder_of_log):
 def test_other_rules_than_those_of_the_folder_are_refused(folder_of_log, values, message):
   with pytest.raises(ValueError, match=f"was prepared by other rules: .*{message}.*Use the same"):
     prepared.load(make_config(folder_of_log[1], **values).data)
-  prepared.load(make_config(folder_of_log[1], data__split__seed=5, data__header="a,b").data)  # not read
+  prepared.load(make_config(folder_of_log[1], data__header="a,b").data)  # not read
 
 
 def copy(folder_of_log, tmp_path):
