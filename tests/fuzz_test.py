@@ -282,9 +282,11 @@ def test_a_csv_without_a_header(folder, data):
 
 
 def json_id(value):
-  """Returns an id of JSON as text, None where there is none."""
+  """Returns an id of JSON as text, None where there is none; lists and objects are none."""
   if value is None or isinstance(value, str):
     return value
+  if isinstance(value, (list, dict)):
+    return None
   return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
