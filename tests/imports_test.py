@@ -13,7 +13,7 @@ PACKAGE = "awrsr_jax"
 # above it in this list.
 ORDER = (
     "config", "malloc", "foreign", "command",
-    "data.log", "data.rules", "data.lines", "data.text",
+    "data.log", "data.rules", "data.lines", "data.text", "data.columns",
     "data.tables", "data.from_tfds", "data.movielens", "data.readers",
     "data.synthetic", "data.splits", "data.corpus", "data.cooccurrence", "data.statistics", "data.records",
     "data.prepared", "data.batches",

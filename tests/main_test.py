@@ -94,6 +94,17 @@ def test_a_misspelt_flag_is_one_line(flags, message, monkeypatch):
     command.parse_flags([sys.argv[0], *flags])
 
 
+@pytest.mark.parametrize("said", [None, "5"])
+def test_programs_are_kept_however_soon_they_are_compiled_unless_the_user_says_else(said, monkeypatch):
+  key, told = "jax_persistent_cache_min_compile_time_secs", {}
+  monkeypatch.delenv(key.upper(), raising=False)
+  if said:
+    monkeypatch.setenv(key.upper(), said)
+  monkeypatch.setattr(command.jax.config, "update", told.__setitem__)
+  command.keep_compiled()
+  assert told.get(key) == (None if said else 0)
+
+
 def test_what_is_no_flag_may_begin_like_a_config_key(monkeypatch):
   monkeypatch.setattr(command.app, "parse_flags_with_usage", lambda argv: argv)
   argv = ["describe", "config.parquet", "--config.model.width=8"]

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import ml_collections
 import pytest
@@ -64,6 +65,13 @@ def test_more_devices_shorter_pieces_and_remat_take_less():
   assert plan(train__accumulate=8, **deep)["train_step"] < 0.5 * plain
   assert plan(model__remat=True, **deep)["train_step"] < 0.7 * plain
   assert plan(data=2, model=4)["peak"] < 0.5 * plan()["peak"]  # 0.9 by the rows alone
+
+
+@pytest.mark.parametrize("platform, size", [("linux", 5 * 1024), ("darwin", 5)])
+def test_the_peak_of_the_host_is_in_bytes(platform, size, monkeypatch):
+  monkeypatch.setattr(memory.sys, "platform", platform)
+  monkeypatch.setattr(memory.resource, "getrusage", lambda _: types.SimpleNamespace(ru_maxrss=5))
+  assert memory.measure_peak()["host"] == size
 
 
 def read_mib(done, row: str) -> str:

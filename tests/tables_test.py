@@ -13,7 +13,8 @@ import pytest
 from conftest import raw_rows
 
 from awrsr_jax.config import default
-from awrsr_jax.data import corpus, log, readers, tables
+from awrsr_jax.data import corpus, log, readers
+from awrsr_jax.data.columns import choose_columns
 
 RAW = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data", "raw")
 ROWS = [("u2", "a", 30), ("u1", "b", 10), ("u1", "a", 20), ("u2", "c", 30), ("u1", "c", 5)]
@@ -135,8 +136,8 @@ def test_columns_by_name_beat_layouts_and_only_a_whole_layout_brings_titles(tmp_
   path = write(tmp_path, "a.csv", lines_of(names, [("u", "child", "parent", 100, 4.5, "a review", 7)]))
   assert read(path)[0] == [("u", "parent", 100)]
   assert read(path, columns__item="asin", columns__time="time")[0] == [("u", "child", 7)]
-  chosen = tables.choose_columns(list(names), data_of("", columns__user="user_id", columns__item="asin",
-                                                      columns__time="time").columns, "a")
+  chosen = choose_columns(list(names), data_of("", columns__user="user_id", columns__item="asin",
+                                               columns__time="time").columns, "a")
   assert chosen == {"user": "user_id", "item": "asin", "time": "time"}
   with pytest.raises(ValueError, match="has no column 'when', but .*--config.data.columns.time=NAME"):
     read(path, columns__time="when")
@@ -155,13 +156,13 @@ def test_columns_by_name_beat_layouts_and_only_a_whole_layout_brings_titles(tmp_
 ])
 def test_the_later_layouts_take_nothing_from_the_others(names, named, expected):
   columns = data_of("", **{f"columns__{key}": name for key, name in named.items()}).columns
-  assert list(tables.choose_columns(names.split(), columns, "a").values()) == expected.split()
+  assert list(choose_columns(names.split(), columns, "a").values()) == expected.split()
 
 
 def test_columns_that_are_not_found_name_all_layouts():
   with pytest.raises(ValueError, match=r"user, item, time \(generic\);.*; user, item, timestamp \(generic with "
                      r"timestamp\); user_id, item_id, time \(generic with _id and time\); for others set"):
-    tables.choose_columns(["user", "item"], data_of("").columns, "a")
+    choose_columns(["user", "item"], data_of("").columns, "a")
 
 
 def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):

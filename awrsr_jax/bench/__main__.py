@@ -13,7 +13,6 @@ A peer is a program of launch/peers/ in an environment of its own, made at its f
 
 import awrsr_jax.malloc  # noqa: F401, I001 (before a thread is started)
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -101,8 +100,7 @@ def main(argv: Sequence[str]) -> None:
           print(f"\n{name}{' ' if title != 'rows' else ''}{title.removesuffix('rows').strip()}\n{format_table(rows)}")
       print("\n".join(measured.get("notes", [])), flush=True)
       if OUT.value:  # now: what comes next may be refused
-        whole = result | {"peak memory": memory.measure_peak()}
-        write_found(OUT.value, json.loads(json.dumps(whole, default=str)))
+        write_found(OUT.value, result | {"peak memory": memory.measure_peak()})
   except ValueError as error:
     refuse(error)
 

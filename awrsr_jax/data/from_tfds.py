@@ -13,8 +13,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from awrsr_jax.data.columns import choose_columns
 from awrsr_jax.data.log import Interactions
-from awrsr_jax.data.tables import choose_columns
 from awrsr_jax.foreign import parse_json
 
 LOG = logging.getLogger(__name__)

@@ -186,9 +186,7 @@ def _clean(log: Log, min_rating: float | None, on_bad_row: str) -> dict[str, int
       f"(SELECT {values['user']} AS user, {values['item']} AS item, {values['time']} AS time, rowid AS row FROM raw "
       f"WHERE {kept}) AS found JOIN users ON found.user = users.raw JOIN items ON found.item = items.raw")
   if "time" in types:
-    is_date = "epoch_us" in values["time"]
-    database.execute(f"SET VARIABLE is_date = {is_date}")  # see `find_unit`
-    _check_times(log, is_date)
+    _check_times(log, is_date="epoch_us" in values["time"])
   if "title" in types:
     rows_of_titles = database.execute(
         f"SELECT ({values['item']})::VARCHAR, min(title::VARCHAR) FROM raw WHERE {kept} AND title IS NOT NULL "
@@ -285,7 +283,7 @@ def _number_ids(log: Log, name: str, value: str, kept: str) -> None:
 
 
 def _check_times(log: Log, is_date: bool) -> None:
-  """Raises ValueError for numbers in several units, and for times in the future."""
+  """Notes the unit of times, see `find_unit`. Raises ValueError for numbers in several, and for times in the future."""
   bounds = list(UNITS.values())
   group = " + ".join(f"(time >= {bound:.0f})::INTEGER" for bound in bounds)
   groups = log.database.execute(f"SELECT {group} AS unit, count(*), min(time), max(time), arg_min(row, time) "
@@ -297,7 +295,9 @@ def _check_times(log: Log, is_date: bool) -> None:
       raise ValueError(f"{log.locate(rare[4])}: {rare[1]} of {total} times lie between {rare[2]} and {rare[3]}, far "
                        f"from the others ({before[2]} to {before[3]}, then {after[2]} to {after[3]}): mixed time "
                        "units, or a stand-in for a missing time; bring all to one unit, or take those rows out")
-  newest, unit = groups[-1][3], find_unit(log.database)
+  unit, _, _, newest, _ = groups[-1]
+  unit = list(UNITS).index("microseconds") + 1 if is_date else unit
+  log.database.execute(f"SET VARIABLE unit = {unit}")
   if unit:
     scale = 1e3 ** (unit - 1)
     now = datetime.datetime.now(datetime.UTC).timestamp()
@@ -309,9 +309,9 @@ def _check_times(log: Log, is_date: bool) -> None:
 
 
 def find_unit(database: duckdb.DuckDBPyConnection) -> int:
-  """Returns the unit of the times in `coded`, as its place in `UNITS`, from 1; 0: they are no moments of our time."""
-  [(is_date, newest)] = database.execute("SELECT getvariable('is_date'), max(time) FROM coded").fetchall()
-  return list(UNITS).index("microseconds") + 1 if is_date else sum(newest >= bound for bound in UNITS.values())
+  """Returns the unit of the times of a clean log, as its place in `UNITS`, from 1; 0: they are no moments, or none."""
+  [(unit,)] = database.execute("SELECT getvariable('unit')").fetchall()
+  return unit or 0
 
 
 def describe_time(time: float, unit: int) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from awrsr_jax.data.columns import HEADER, KEYS, choose_columns, is_number
 from awrsr_jax.data.lines import (
   BLANKS,
   LONGEST_LINE,
@@ -36,26 +37,11 @@ from awrsr_jax.data.log import Log, first_line, is_about_space
 LOG = logging.getLogger(__name__)
 KINDS = {"csv": "csv", "tsv": "csv", "inter": "csv", "json": "json", "jsonl": "json", "ndjson": "json",
          "parquet": "parquet", "pq": "parquet"}  # by the end of a file's name, before ".gz"
-KEYS = ("user", "item", "time", "rating", "title")
-LAYOUTS = {  # who publishes it: the names of user, item, time, rating and title ("" where there is none)
-    "generic": ("user", "item", "time", "rating", "title"),
-    "generic with _id": ("user_id", "item_id", "timestamp", "rating", "title"),
-    "Amazon reviews 2014 and 2018": ("reviewerID", "asin", "unixReviewTime", "overall", ""),
-    "Amazon reviews 2023": ("user_id", "parent_asin", "timestamp", "rating", ""),
-    "Yelp reviews": ("user_id", "business_id", "date", "stars", ""),
-    "MovieLens": ("userId", "movieId", "timestamp", "rating", ""),
-    "MovieLens in TFDS": ("user_id", "movie_id", "timestamp", "user_rating", "movie_title"),
-    "RecBole": ("user_id:token", "item_id:token", "timestamp:float", "rating:float", ""),
-}
-LATER = {  # looked for where none of those fits, not even with what the config names
-    "generic with timestamp": ("user", "item", "timestamp", "rating", "title"),
-    "generic with _id and time": ("user_id", "item_id", "time", "rating", "title"),
-}
 AMAZON_USER, AMAZON_ITEM = re.compile("A[0-9A-Z]{9,20}"), re.compile("B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 SAMPLE = 1000  # lines looked at to tell what a file is
 DELIMITERS = ",\t;|"
 NESTED = {dict, list, set, tuple, np.ndarray}
-HEADER = "--config.data.header=user,item,rating,time, in the order of its columns"
+
 
 
 def kind_of(path: str) -> str | None:
@@ -123,7 +109,7 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
       scan, names = _scan_json(files, data) if kind == "json" else _scan_parquet(database, files)
       delimiter, has_header = "", False
     chosen = choose_columns(names, data.columns, path)
-    if has_header and any(map(_is_number, chosen.values())):
+    if has_header and any(map(is_number, chosen.values())):
       raise ValueError(f"{files[0]}: its first line, {names}, holds numbers where names of columns would stand, and "
                        f"would not be read; for a file without a header set {HEADER}")
     columns = _columns(names, chosen)
@@ -195,49 +181,6 @@ def _take_columns(table: Any, places: dict[str, int]) -> Any:
   return pyarrow.table(columns)
 
 
-def choose_columns(names: list[str], columns: Any, where: str) -> dict[str, str]:
-  """Returns which column is "user", "item" and "time", and, where there is one, "rating" and "title".
-
-  Args:
-    names: of the columns that there are.
-    columns: `config.data.columns`; what is empty there is filled in by the first layout that fits.
-    where: for messages.
-
-  Raises:
-    ValueError: a column that the config names is not there, several have one name, or no layout fits.
-  """
-  chosen = {"user": columns.user, "item": columns.item, "time": columns.time, "rating": columns.rating,
-            "title": columns.title}
-  chosen = {key: name for key, name in chosen.items() if name}
-  for key, name in chosen.items():
-    if name not in names:
-      raise ValueError(f"{where} has no column {name!r}, but {names}; set --config.data.columns.{key}=NAME")
-  if len(set(names)) < len(names):
-    raise ValueError(f"{where} has several columns of one name: {names}; give each its own")
-  for layouts in (LAYOUTS, LATER):
-    for layout in layouts.values():
-      full = {key: name for key, name in zip(KEYS, layout, strict=True) if name in names} | chosen
-      if tuple(full.get(key) for key in KEYS[:3]) == layout[:3]:
-        return {key: full[key] for key in KEYS if key in full}
-    for layout in layouts.values():  # what the config names, and the rest of user, item and time
-      full = {key: name for key, name in zip(KEYS[:3], layout[:3], strict=True) if name in names} | chosen
-      if set(KEYS[:3]) <= full.keys():
-        return {key: full[key] for key in KEYS if key in full}
-  known = "; ".join(f"{', '.join(layout[:3])} ({name})" for name, layout in (LAYOUTS | LATER).items())
-  headless = f"; for a file whose first line is a row already set {HEADER}" * any(map(_is_number, names))
-  raise ValueError(f"{where}: which of the columns {names} are user, item and time? Known are {known}; for others set "
-                   f"--config.data.columns.user=NAME, .item=NAME and .time=NAME{headless}")
-
-
-def _is_number(text: str) -> bool:
-  """Returns whether a text is a number."""
-  try:
-    float(text)
-  except ValueError:
-    return False
-  return True
-
-
 def _scan_csv(files: list[str], data: Any,
               form: tuple[str, tuple[str, ...]] | None) -> tuple[str, list[str], str, bool]:
   """Returns SQL that reads the files, the names of their columns, what stands between, and if names come first."""
@@ -293,9 +236,8 @@ def _amazon_names(rows: list[list[str]]) -> tuple[str, ...] | None:
 
 def _json_value(name: str, is_id: bool) -> str:
   """Returns SQL for the text of a JSON value; NaN and its like are none, and lists and objects are no ids."""
-  none = ("'NULL'", "'ARRAY'", "'OBJECT'") if is_id else ("'NULL'",)
-  return (f"CASE WHEN json_type({name}) = 'VARCHAR' THEN {name} ->> '$' WHEN json_type({name}) NOT IN "
-          f"({', '.join(none)}) AND "
+  none = "'NULL', 'ARRAY', 'OBJECT'" if is_id else "'NULL'"
+  return (f"CASE WHEN json_type({name}) = 'VARCHAR' THEN {name} ->> '$' WHEN json_type({name}) NOT IN ({none}) AND "
           f"{name}::VARCHAR NOT IN ('NaN', 'Infinity', '-Infinity') THEN {name}::VARCHAR END")
 
 

@@ -194,11 +194,13 @@ def open_run(workdir: str | os.PathLike[str], config: Any,
     with noticing_no_bucket(workdir):
       result = read_result(workdir)
       saved = result or ((folder / "checkpoints").exists() and any((folder / "checkpoints").iterdir()))
+      stored: dict[str, dict[str, Any]] = {}
       for name, check, now in (("config.json", check_same_config, values), ("corpus.json", check_same_corpus, corpus)):
         if saved or (folder / name).exists():
-          check(workdir, read_json(folder / name), now)
+          stored[name] = read_json(folder / name)
+          check(workdir, stored[name], now)
       if result and result.get("epochs") == config.train.epochs:
-        made = dict(walk(read_json(folder / "config.json")))
+        made = dict(walk(stored["config.json"]))
         for key in ("eval.keep_ranks", "eval.hash_ids"):
           if made.get(key, values[key]) != values[key]:
             LOG.warning("%s is complete: its ranks stay as config.%s=%s has made them; for others train in another "
