@@ -126,9 +126,7 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
   except duckdb.Error as error:
     if is_about_space(error):
       raise  # nothing is wrong with the files
-    mixed = next((file for file in files if kind == "csv" and mixes_line_ends(file)), None)
-    way_out = "is the file whole, and utf-8 text?" if mixed is None else (
-        f"some lines of {mixed} end in \\n and some in \\r\\n: bring them to one form, as with sed -i 's/\\r$//' FILE")
+    way_out = (kind == "csv" and _mend_line_ends(files)) or "is the file whole, and utf-8 text?"
     raise ValueError(f"cannot read {path}: {first_line(error)}; {way_out}") from error
   has_quotes = kind == "csv" and not form
   if kind == "csv":
@@ -137,8 +135,9 @@ def read_tables(database: duckdb.DuckDBPyConnection, data: Any, path: str | None
       expected = sum(count_records(file, delimiter) - has_header for file in files)
       found = database.execute("SELECT count(*) FROM raw").fetchone()[0] + rejected
       if found != expected:
-        raise ValueError(f"{path}: {found} rows are found by one reader and {expected} by another; quotes stand where "
-                         "none should: mend the file, or write it anew with all values in quotes")
+        way_out = _mend_line_ends(files) or ("quotes stand where none should: mend the file, or write it anew with all "
+                                             "values in quotes")
+        raise ValueError(f"{path}: {found} rows are found by one reader and {expected} by another; {way_out}")
   return Log(database, path, {}, lambda row: _locate(files, kind, row, has_header, delimiter, has_quotes))
 
 
@@ -302,13 +301,21 @@ def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_ba
     swallowed = kind == "LINE SIZE OVER MAXIMUM" or (
         kind == "UNQUOTED VALUE" and ("\n" in text.strip() or mixes_line_ends(file)))
     if on_bad_row == "error" or swallowed:
-      way_out = "" if swallowed or are_all else ", or leave such rows out with --config.data.on_bad_row=skip"
+      way_out = _mend_line_ends([file]) or "mend the file" + (
+          "" if swallowed or are_all else ", or leave such rows out with --config.data.on_bad_row=skip")
       raise ValueError(f"{file}:{count_lines(file, place)}: {quote(text)}: {first_line(message)} ({len(found)} lines "
-                       f"are bad); mend the file{way_out}")
+                       f"are bad); {way_out}")
   if found:
     LOG.warning("%d lines of %s are bad and were left out (config.data.on_bad_row=skip)", len(found), ", ".join(files))
   database.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
   return len(found)
+
+
+def _mend_line_ends(files: list[str]) -> str:
+  """Returns what is to be done where lines of a file end in two ways, within quotes or not; "" where none do."""
+  for file in filter(mixes_line_ends, files):
+    return f"some lines of {file} end in \\n and some in \\r\\n: bring them to one form, as with sed -i 's/\\r$//' FILE"
+  return ""
 
 
 def _locate(files: list[str], kind: str, row: int, has_header: bool, delimiter: str, has_quotes: bool) -> str:
