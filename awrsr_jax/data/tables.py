@@ -301,10 +301,10 @@ def _settle_rejects(database: duckdb.DuckDBPyConnection, files: list[str], on_ba
     swallowed = kind == "LINE SIZE OVER MAXIMUM" or (
         kind == "UNQUOTED VALUE" and ("\n" in text.strip() or mixes_line_ends(file)))
     if on_bad_row == "error" or swallowed:
-      way_out = _mend_line_ends([file]) or "mend the file" + (
-          "" if swallowed or are_all else ", or leave such rows out with --config.data.on_bad_row=skip")
+      way_out = "" if swallowed or are_all else ", or leave such rows out with --config.data.on_bad_row=skip"
+      way_out += f"; {mixed}" if (mixed := _mend_line_ends([file])) else ""
       raise ValueError(f"{file}:{count_lines(file, place)}: {quote(text)}: {first_line(message)} ({len(found)} lines "
-                       f"are bad); {way_out}")
+                       f"are bad); mend the file{way_out}")
   if found:
     LOG.warning("%d lines of %s are bad and were left out (config.data.on_bad_row=skip)", len(found), ", ".join(files))
   database.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
