@@ -43,7 +43,6 @@ DELIMITERS = ",\t;|"
 NESTED = {dict, list, set, tuple, np.ndarray}
 
 
-
 def kind_of(path: str) -> str | None:
   """Returns "csv", "json" or "parquet" by the name of a file, or its first bytes; None: no sort of table."""
   ending = path.lower().removesuffix(".gz").rpartition(".")[2]
